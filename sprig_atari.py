@@ -1,0 +1,956 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "ale-py==0.12.1",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "opencv-python==5.0.0.93",
+#     "tqdm==4.70.1",
+#     "numpy==2.4.6",
+# ]
+# ///
+"""SPRIG on Atari pixels: perception leads, policy follows, in a cooperative Stackelberg game.
+
+    python sprig_atari.py --env-id BeamRiderNoFrameskip-v4
+
+Paper: Martinez-Lopez, Chen, Lu, "SPRIG: Stackelberg Perception-Reinforcement Learning with
+Internal Game Dynamics", arXiv 2502.14264. Equation and line numbers below are the paper's (lines:
+Algorithm 1); DEVIATION marks each place where this code does not do what is printed there, with
+its row in docs/paper.md. `--paper-literal` runs the paper as printed.
+
+Changes relative to ppo_atari_baseline.py: the leader attends (three attention blocks), pays for
+its attention, and moves first on a utility of its own; the follower then takes PPO's step on
+features that it cannot change. Everything else is the same code.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import platform
+import time
+from collections import deque
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from torch.distributions import Categorical, Distribution, kl_divergence
+from torch.func import functional_call
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(ale_py)
+
+
+# ==================================================================================================
+# Arguments
+# ==================================================================================================
+@dataclass
+class Args:
+    # -- Run --
+    seed: int = 1
+    """seed of the networks, the actions, the minibatches and the games"""
+    total_timesteps: int = 10_000_000
+    """agent steps in all, over all environments; rounded down to whole rollouts"""
+    run_dir: str = ""
+    """folder of the run, new or empty (default: runs/<env>__<script>__<seed>__<time>)"""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one"""
+    threads: int = 0
+    """CPU threads of the networks and of the emulator (0: as many as there are cores)"""
+    eval_episodes: int = 10
+    """whole games played after training, on fresh seeds (0: none)"""
+    eval_greedy: bool = False
+    """take the most probable action in the evaluation instead of sampling it"""
+    track: bool = False
+    """mirror the logs to Weights & Biases (needs `pip install wandb`)"""
+
+    # -- Environment --
+    env_id: str = "BeamRiderNoFrameskip-v4"
+    """any <Game>NoFrameskip-v4 or ALE/<Game>-v5 (the latter: sticky actions with probability 0.25)"""
+    num_envs: int = 8
+    """games played side by side, N"""
+    max_episode_steps: int = 10_000
+    """agent steps (of 4 frames) after which a game is truncated"""
+    clip_rewards: bool = True
+    """the learner sees sign(reward); logged returns are always raw"""
+
+    # -- PPO --
+    num_steps: int = 256
+    """steps of each environment per rollout, T; Table 1's rollout of 2048 is 8 x 256"""
+    minibatch_size: int = 64
+    """transitions per gradient step, B"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    learning_rate: float = 1e-4
+    """Adam's step size"""
+    anneal_lr: bool = False
+    """let the step size fall linearly to 0"""
+    gamma: float = 0.99
+    """discount, γ"""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation"""
+    norm_adv: Literal["rollout", "minibatch", "none"] = "rollout"
+    """over what the advantages get zero mean and unit variance"""
+    clip_coef: float = 0.2
+    """ε: the probability ratio is clipped to [1 - ε, 1 + ε]"""
+    clip_value_loss: bool = False
+    """clip the value's change to ε as well"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus, β"""
+    vf_coef: float = 0.5
+    """weight of the mean squared value error (which has no further factor 1/2)"""
+    max_grad_norm: float = 0.5
+    """largest gradient norm of a step"""
+    target_kl: float | None = None
+    """start no further epoch once an epoch's mean approximate KL exceeds this"""
+
+    # -- SPRIG --
+    cooperation_weight: float = 0.7
+    """α of Eq. (8): the leader's weight on the return; 1 - α lies on the perception cost"""
+    perception_cost_weight: float = 1e-4
+    """λ_c of Eq. (9)"""
+    perception_cost: Literal["entropy", "concentration", "l1"] = "entropy"
+    """what attention costs: spread-out rows, crowded columns, or the printed norm (a constant)"""
+    cost_rows: int = 24
+    """query rows sampled per layer to estimate entropy or l1 without bias (0: all rows, exact)"""
+    leader_objective: Literal["clipped", "log-prob"] = "clipped"
+    """the leader's policy term: PPO's surrogate, or mean(log π · Â) as in line 10"""
+    leader_gradient: Literal["first-order"] = "first-order"
+    """the leader's gradient: Algorithm 1's partial derivative"""
+    leader_value_coef: float = 0.0
+    """weight of the squared value error in the leader's loss (Algorithm 1: none)"""
+    attention: Literal["gated", "figure4", "none"] = "gated"
+    """ReLU and x + γ·attention(x); attention(x) alone as drawn in Figure 4; or no attention"""
+    update: Literal["stackelberg", "joint"] = "stackelberg"
+    """leader and follower in turn, or PPO's joint step on the same networks"""
+    perception_cost_in_reward: bool = False
+    """learn from R - λ_c·C_θ(s), the trace of Eq. (13) in deep RL"""
+    paper_literal: bool = False
+    """every literal reading of the paper at once; overrides the flags that it decides"""
+
+
+# --paper-literal: rows 1, 2, 4, 5 and 10 of docs/paper.md as printed.
+PAPER_LITERAL = {
+    "cooperation_weight": 0.3,  # line 11 puts its α = 0.7 on the cost, 0.3 on the return
+    "perception_cost": "l1",
+    "attention": "figure4",
+    "leader_objective": "log-prob",
+    "leader_gradient": "first-order",
+    "leader_value_coef": 0.0,
+    "update": "stackelberg",
+}
+
+
+def fail(message: str):
+    """A user's mistake: one line on stderr, exit code 1, no traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def check_args(args: Args) -> Args:
+    """Refuse, before anything is written or trained, whatever could only go wrong later."""
+    for name in ("num_envs", "num_steps", "minibatch_size", "update_epochs", "total_timesteps", "max_episode_steps"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    not_negative = ("seed", "threads", "eval_episodes", "ent_coef", "vf_coef")
+    for name in (*not_negative, "perception_cost_weight", "cost_rows", "leader_value_coef"):
+        if not getattr(args, name) >= 0:
+            fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+    for name in ("learning_rate", "clip_coef", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
+    if args.target_kl is not None and not args.target_kl > 0:
+        fail(f"--target-kl must be positive, not {args.target_kl}")
+    if not 0 <= args.cooperation_weight <= 1:
+        fail(f"--cooperation-weight must lie in [0, 1], not {args.cooperation_weight}")
+    rollout_size = args.num_envs * args.num_steps
+    if rollout_size % args.minibatch_size:
+        fail(
+            f"--minibatch-size {args.minibatch_size} does not divide the rollout of "
+            f"{args.num_envs} environments x {args.num_steps} steps = {rollout_size}"
+        )
+    if args.total_timesteps < rollout_size:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
+    try:
+        torch.empty(0, device=pick_device(args.device))
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            fail("--track needs Weights & Biases: pip install wandb")
+    return dataclasses.replace(args, **PAPER_LITERAL) if args.paper_literal else args
+
+
+def pick_device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+# ==================================================================================================
+# Environment
+# ==================================================================================================
+FRAME_SKIP = 4  # emulator frames per agent step
+
+
+def env_protocol(args: Args) -> dict:
+    """How the game is played, in full: what two results must share to be comparable.
+
+    Standard preprocessing: Mnih et al. 2015; its reporting: Machado et al. 2018 (arXiv 1709.06009).
+    """
+    try:
+        spec = gym.spec(args.env_id)
+    except gym.error.Error:
+        near = difflib.get_close_matches(args.env_id, gym.registry.keys(), n=1)
+        fail(f"--env-id {args.env_id} is not registered" + (f"; did you mean {near[0]}?" if near else ""))
+    if spec.entry_point != "ale_py.env:AtariEnv":
+        fail(f"--env-id {args.env_id} is not an Atari game; take e.g. BeamRiderNoFrameskip-v4 or ALE/BeamRider-v5")
+    if spec.kwargs["frameskip"] not in (1, FRAME_SKIP):
+        fail(f"--env-id {args.env_id} skips a random number of frames; take a NoFrameskip-v4 or ALE/...-v5 id")
+    return {
+        "env_id": args.env_id,
+        "game": spec.kwargs["game"],
+        "repeat_action_probability": spec.kwargs["repeat_action_probability"],
+        "full_action_space": spec.kwargs["full_action_space"],
+        "max_frames_per_game": min(spec.kwargs["max_num_frames_per_episode"], FRAME_SKIP * args.max_episode_steps),
+        "frame_skip": FRAME_SKIP,
+        "max_pool": True,
+        "observation": "84x84 grey, 4 frames stacked",
+        "noop_max": 30,
+        "fire_on_reset": True,
+        "lost_life": "ends the learner's episode, not the game",
+        "reward": "sign for the learner, raw in logs" if args.clip_rewards else "raw",
+        "autoreset": "same step",
+    }
+
+
+class WholeGames(gym.vector.VectorWrapper):
+    """Adds to `info` what whole games are: `AtariVectorEnv` terminates at each lost life.
+
+    On steps where some game ended (over, or truncated), `info["episode"]` holds its raw return "r"
+    and length "l" in agent steps, both (N,), and `info["_episode"]` the rows for which they and
+    `info["final_obs"]` are valid (the keys of Gymnasium's RecordEpisodeStatistics).
+    """
+
+    def reset(self, *, seed=None, options=None):
+        seed = int(seed) if isinstance(seed, np.integer) else seed  # the emulator takes no numpy integer
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
+        self.first_frame = info["frame_number"] - info["episode_frame_number"]
+        return obs, info
+
+    def step(self, actions):
+        if actions.min() < 0 or actions.max() >= self.single_action_space.n:  # the emulator would hang
+            raise ValueError(f"actions {actions} outside 0..{self.single_action_space.n - 1}")
+        obs, rewards, terminations, truncations, info = self.env.step(actions)
+        self.returns += rewards
+        self.lengths += 1
+        first_frame = info["frame_number"] - info["episode_frame_number"]
+        ended = first_frame != self.first_frame  # a lost life goes on in the same game
+        if ended.any():
+            info["episode"] = {"r": self.returns.copy(), "l": self.lengths.copy()}
+            info["_episode"] = ended
+            self.returns[ended], self.lengths[ended] = 0, 0
+        self.first_frame = first_frame
+        return obs, rewards, terminations, truncations, info
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """`args.num_envs` games: obs (N, 4, 84, 84) uint8, rewards (N,) raw, autoreset within the step.
+
+    `terminations` marks lost lives too; `truncations` the games cut by `args.max_episode_steps`.
+    """
+    protocol = env_protocol(args)
+    envs = AtariVectorEnv(
+        protocol["game"],
+        args.num_envs,
+        num_threads=min(args.threads, args.num_envs),
+        repeat_action_probability=protocol["repeat_action_probability"],
+        full_action_space=protocol["full_action_space"],
+        max_num_frames_per_episode=protocol["max_frames_per_game"],
+        frameskip=protocol["frame_skip"],
+        maxpool=protocol["max_pool"],
+        noop_max=protocol["noop_max"],
+        use_fire_reset=protocol["fire_on_reset"],
+        life_loss_info=True,  # episodic_life would restart the whole game at each lost life
+        reward_clipping=False,  # on by default; the learner clips, so that logged returns are raw
+        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+    )
+    return WholeGames(envs)
+
+
+def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
+    """(N,) seeds that no other (seed, stream) shares; consecutive integers would overlap between runs."""
+    return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
+
+
+# ==================================================================================================
+# Leader
+# ==================================================================================================
+def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights, zero bias: the usual initialisation of PPO."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def attend(query, key, value, fused: bool = True) -> torch.Tensor:
+    """softmax(Q Kᵀ / √d) V: query and key (B, n, d), value (B, n, C) -> (B, n, C).
+
+    Fused, the n x n weights are never held for the whole batch. Below about 100 locations they are
+    small enough for the plain product to be the faster one.
+    """
+    if not fused or query.shape[1] <= 100:
+        return attention_rows(query, key) @ value
+    if query.is_cuda:
+        return F.scaled_dot_product_attention(*(x.unsqueeze(1) for x in (query, key, value))).squeeze(1)
+    return TiledAttention.apply(query, key, value)
+
+
+class TiledAttention(torch.autograd.Function):
+    """Attention in tiles of a few samples whose weights fit the CPU's cache; the backward computes them again.
+
+    On two cores 1.5 times as fast at n = 400 as PyTorch's fused kernel, which must pad d = 4 to C = 32.
+    """
+
+    @staticmethod
+    def tiles(query, key):
+        """Yields (samples, their attention weights, as much scratch memory), reusing both buffers."""
+        size, n = torch.get_num_threads(), query.shape[1]
+        scores, weights = query.new_empty(size, n, n), query.new_empty(size, n, n)
+        for start in range(0, len(query), size):
+            tile = slice(start, min(start + size, len(query)))
+            m = tile.stop - tile.start
+            torch.bmm(query[tile], key[tile].transpose(1, 2), out=scores[:m])
+            yield tile, torch.softmax(scores[:m].mul_(query.shape[-1] ** -0.5), -1, out=weights[:m]), scores[:m]
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        output = torch.empty_like(value)
+        for tile, weights, _ in TiledAttention.tiles(query, key):
+            torch.bmm(weights, value[tile], out=output[tile])
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, value, output = ctx.saved_tensors
+        query_t, key_t, value_t = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+        grad_query_t, grad_key_t, grad_value = map(torch.empty_like, (query_t, key_t, value))
+        row_sums = (grad * output).sum(-1, keepdim=True)  # (B, n, 1) = Σ_j A_ij ∂L/∂A_ij
+        for tile, weights, scratch in TiledAttention.tiles(query, key):
+            torch.bmm(weights.transpose(1, 2), grad[tile], out=grad_value[tile])
+            torch.bmm(grad[tile], value_t[tile], out=scratch)  # ∂L/∂A
+            scratch.sub_(row_sums[tile]).mul_(weights).mul_(query.shape[-1] ** -0.5)  # ∂L/∂(Q Kᵀ)
+            torch.bmm(key_t[tile], scratch.transpose(1, 2), out=grad_query_t[tile])
+            torch.bmm(query_t[tile], scratch, out=grad_key_t[tile])
+        return grad_query_t.transpose(1, 2), grad_key_t.transpose(1, 2), grad_value
+
+
+def attention_rows(query, key) -> torch.Tensor:
+    """Attention weights: query (B, r, d), key (B, n, d) -> (B, r, n), rows sum to 1."""
+    return (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the n locations of a map (Figure 4): (B, n, C) -> (B, n, C)."""
+
+    def __init__(self, channels: int, gated: bool):
+        super().__init__()
+        self.widths = [channels // 8, channels // 8, channels]
+        self.project = nn.Linear(channels, sum(self.widths))  # the three 1x1 convolutions at once
+        # DEVIATION: row 4, x + γ·attention(x) for attention(x), which averages the map away
+        self.gate = nn.Parameter(torch.zeros(())) if gated else None
+
+    def forward(self, x: torch.Tensor, num_rows: int | None = None):
+        """Also returns the weights of all query rows (`num_rows` 0), of so many drawn at random, or None."""
+        n = x.shape[1]
+        query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/8), (B, n, C/8), (B, n, C)
+        attended = attend(query, key, value)
+        rows = None
+        if num_rows is not None:
+            drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]] if 0 < num_rows < n else query
+            rows = attention_rows(drawn, key)  # (B, r, n)
+        return attended if self.gate is None else x + self.gate * attended, rows
+
+
+class Leader(nn.Module):
+    """Perception, θ: three times conv, LayerNorm, attention (Figure 3), at the sizes of the Nature CNN.
+
+    obs (B, 4, 84, 84) uint8 -> features (B, 3136). With `num_rows` given, (features, attention):
+    a list of K = 3 tensors (B, r, n) for n = 400, 81, 49 locations (see AttentionBlock).
+    """
+
+    def __init__(self, observation_space: gym.spaces.Box, args: Args):
+        super().__init__()
+        channels, kernels, strides, sizes = (observation_space.shape[0], 32, 64, 64), (8, 4, 3), (4, 2, 1), (20, 9, 7)
+        self.convs = nn.ModuleList(
+            init_layer(nn.Conv2d(channels[k], channels[k + 1], kernels[k], strides[k])) for k in range(3)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm((sizes[k], sizes[k], channels[k + 1])) for k in range(3))
+        self.blocks = nn.ModuleList(
+            AttentionBlock(channels[k + 1], gated=args.attention == "gated") if args.attention != "none" else None
+            for k in range(3)
+        )
+        # DEVIATION: row 4, ReLU after LayerNorm: without it perception is linear but for attention
+        self.activation = nn.Identity() if args.attention == "figure4" else nn.ReLU()
+        self.num_features = channels[-1] * sizes[-1] ** 2
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, obs: torch.Tensor, num_rows: int | None = None):
+        x = torch.mul(obs, 1 / 255)  # (B, 4, 84, 84) float32
+        attention = []
+        for conv, norm, block in zip(self.convs, self.norms, self.blocks):
+            x = self.activation(norm(conv(x).permute(0, 2, 3, 1)))  # (B, H, W, C)
+            if block is not None:
+                tokens, rows = block(x.flatten(1, 2), num_rows)  # (B, H·W, C)
+                x = tokens.view_as(x)
+                attention.append(rows)
+            x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
+        features = x.flatten(1)  # (B, 3136)
+        return features if num_rows is None else (features, attention)
+
+    @torch.no_grad()
+    def pictures(self, obs: torch.Tensor) -> dict[str, np.ndarray]:
+        """Tag -> RGB image (H, W, 3) uint8: a row per observation, its frame and each layer's attention on it."""
+        received = [rows.mean(1) * rows.shape[-1] for rows in self(obs, num_rows=0)[1]]  # (B, n), 1 where uniform
+        frames = obs[:, -1].cpu().numpy()  # (B, 84, 84), the newest of the stack
+        rows = []
+        for i, frame in enumerate(frames):
+            overlays = [attention_overlay(frame, layer[i].cpu().numpy(), k) for k, layer in enumerate(received)]
+            rows.append(np.hstack([cv2.cvtColor(frame, cv2.COLOR_GRAY2RGB), *overlays]))
+        return {"leader/attention_received": np.vstack(rows).repeat(2, axis=0).repeat(2, axis=1)}
+
+
+def attention_overlay(frame: np.ndarray, received: np.ndarray, layer: int) -> np.ndarray:
+    """Colour a grey frame (84, 84) by the attention that each location of a layer receives, (n,).
+
+    A location's colour lies on the centre of its receptive field. Red grows with c / (1 + c) for
+    attention c times the uniform one, so that the colours of two pictures can be compared.
+    """
+    stride, offset = ((4, 2), (8, 6), (8, 14))[layer]  # pixels per location; margin of the first one
+    size = round(len(received) ** 0.5)
+    heat = np.zeros(frame.shape, dtype=np.float32)
+    inside = slice(offset, offset + stride * size)
+    heat[inside, inside] = np.kron((received / (1 + received)).reshape(size, size), np.ones((stride, stride)))
+    grey = frame.astype(np.float32)
+    red, rest = grey + (255 - grey) * heat, grey * (1 - heat / 2)
+    return np.stack([red, rest, rest], axis=-1).astype(np.uint8)
+
+
+# ==================================================================================================
+# Follower
+# ==================================================================================================
+class Follower(nn.Module):
+    """Policy and value heads, φ. features (B, F) -> logits (B, A), value (B,)."""
+
+    def __init__(self, num_features: int, action_space: gym.spaces.Discrete):
+        super().__init__()
+        self.hidden = init_layer(nn.Linear(num_features, 512))
+        self.actor = init_layer(nn.Linear(512, int(action_space.n)), std=0.01)
+        self.critic = init_layer(nn.Linear(512, 1), std=1.0)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = F.relu(self.hidden(features))  # (B, 512)
+        return self.actor(x), self.critic(x).squeeze(-1)
+
+
+def action_distribution(logits: torch.Tensor) -> Distribution:
+    return Categorical(logits=logits, validate_args=False)  # validation would wait for the GPU
+
+
+# ==================================================================================================
+# Rollout
+# ==================================================================================================
+class Rollout(NamedTuple):
+    """T steps of N environments, allocated once. Time runs along dimension 0."""
+
+    obs: torch.Tensor  # (T, N, 4, 84, 84) uint8, channels last in memory
+    actions: torch.Tensor  # (T, N)
+    logprobs: torch.Tensor  # (T, N) under the policy that acted
+    rewards: torch.Tensor  # (T, N) raw
+    values: torch.Tensor  # (T, N)
+    next_values: torch.Tensor  # (T, N) of the observation that the action truly led to
+    terminations: torch.Tensor  # (T, N) 1.0 where nothing follows: no bootstrap
+    dones: torch.Tensor  # (T, N) 1.0 where the episode ended, terminated or truncated
+
+
+def allocate_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Rollout:
+    channels, *size = envs.single_observation_space.shape
+    shape = (args.num_steps, args.num_envs)
+    obs = torch.zeros((*shape, *size, channels), dtype=torch.uint8, device=device).movedim(-1, 2)
+    actions = torch.zeros((*shape, *envs.single_action_space.shape), dtype=torch.long, device=device)
+    return Rollout(obs, actions, *(torch.zeros(shape, device=device) for _ in range(6)))
+
+
+@torch.inference_mode()
+def collect_rollout(
+    envs: gym.vector.VectorEnv, obs: np.ndarray, leader: Leader, follower: Follower, rollout: Rollout
+) -> tuple[np.ndarray, list[tuple[int, float, int]]]:
+    """Play T steps from `obs` (N, ...) with the current policy and fill `rollout` in place.
+
+    Returns the observations to go on from, and for each game that ended (agent steps into the
+    rollout, raw return, length).
+    """
+    num_steps, num_envs = rollout.rewards.shape
+    rewards, terminations, dones = (np.zeros((num_steps, num_envs), dtype=np.float32) for _ in range(3))
+    cuts, games = [], []
+    for t in range(num_steps):
+        rollout.obs[t].copy_(torch.from_numpy(obs))
+        logits, rollout.values[t] = follower(leader(rollout.obs[t]))
+        policy = action_distribution(logits)
+        action = policy.sample()
+        rollout.actions[t], rollout.logprobs[t] = action, policy.log_prob(action)
+
+        obs, rewards[t], terminated, truncated, info = envs.step(action.cpu().numpy())
+        terminations[t], dones[t] = terminated, terminated | truncated
+        cut = truncated & ~terminated
+        if cut.any():  # rare: bootstrap from the true final observation, not from the next game's first
+            final_obs = torch.from_numpy(np.stack(info["final_obs"][cut])).to(rollout.obs.device)
+            cuts.append((t, torch.from_numpy(cut), follower(leader(final_obs))[1]))
+        if "_episode" in info:
+            for row in np.flatnonzero(info["_episode"]):
+                games.append(((t + 1) * num_envs, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
+
+    rollout.next_values[:-1] = rollout.values[1:]
+    rollout.next_values[-1] = follower(leader(torch.from_numpy(obs).to(rollout.obs.device)))[1]
+    for t, cut, value in cuts:
+        rollout.next_values[t, cut.to(value.device)] = value
+    for target, source in zip((rollout.rewards, rollout.terminations, rollout.dones), (rewards, terminations, dones)):
+        target.copy_(torch.from_numpy(source))
+    return obs, games
+
+
+# ==================================================================================================
+# Advantages
+# ==================================================================================================
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, Eq. 16).
+
+    All tensors (T, N) float; `next_values[t]` is V of the observation that action t truly led to,
+    before any reset. A termination zeroes the bootstrap, either end cuts the trace.
+    Returns (advantages, returns), both (T, N).
+    """
+    deltas = rewards + gamma * next_values * (1 - terminations) - values  # (T, N)
+    decay = gamma * gae_lambda * (1 - dones)  # (T, N)
+    advantages = torch.zeros_like(rewards)
+    trace = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        trace = deltas[t] + decay[t] * trace
+        advantages[t] = trace
+    return advantages, advantages + values
+
+
+# ==================================================================================================
+# Losses
+# ==================================================================================================
+class Batch(NamedTuple):
+    """Transitions, flat: what the losses need of a rollout. B rows each."""
+
+    obs: torch.Tensor
+    actions: torch.Tensor
+    logprobs: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+def policy_objective(log_ratio, advantages, clip_coef):
+    """PPO's clipped surrogate, to maximise: (B,) log ratios and advantages -> (B,)."""
+    ratio = log_ratio.exp()
+    return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
+
+
+def perception_cost(attention: list[torch.Tensor], kind: str) -> torch.Tensor:
+    """What the leader pays for its attention, C_θ of Eq. (9) before λ_c: in [0, 1].
+
+    attention: K row-stochastic tensors (B, n_k, n_k) -> (B,), the mean over layers. For "entropy"
+    and "l1", means over query rows, a sample of rows (B, r, n_k) gives an unbiased estimate.
+    Raises ValueError on an unknown kind, and on sampled rows for "concentration".
+    """
+    costs = []
+    for weights in attention:
+        n = weights.shape[-1]
+        if kind == "entropy":  # mean_i H(A_i) / log n: 1 for uniform rows, 0 for one-hot rows
+            row_entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1)  # (B, r)
+            cost = row_entropy.mean(-1) / max(math.log(n), 1e-30)
+        elif kind == "concentration":  # ‖A‖₁ induced, from [1, n] to [0, 1]: 1 if all rows look at one location
+            if weights.shape[-2] != n:
+                raise ValueError(f"concentration needs all {n} query rows, not {weights.shape[-2]}")
+            cost = (weights.sum(-2).amax(-1) - 1) / max(n - 1, 1)
+        elif kind == "l1":  # entrywise ‖A‖₁ / n: rows sum to 1, so a constant; the product keeps its gradient exactly 0
+            cost = weights.detach().abs().sum(-1).mean(-1) + 0 * weights.sum((-2, -1))
+        else:
+            raise ValueError(f"unknown perception cost {kind!r}: entropy, concentration or l1")
+        costs.append(cost.clamp(0, 1))
+    # DEVIATION: row 3, scaled to [0, 1] and averaged over layers where Eq. (9) adds up to 530
+    return torch.stack(costs).mean(0) if costs else torch.zeros(())
+
+
+def leader_loss(logits, values, cost, batch: Batch, args: Args):
+    """Minus the leader's utility u_L (Eq. 8, 10). `cost` is perception_cost (B,). Returns (loss, info), scalars."""
+    logprobs = action_distribution(logits).log_prob(batch.actions)  # (B,)
+    if args.leader_objective == "clipped":
+        # DEVIATION: row 5, PPO's trust region for the leader too: line 10 is unbounded where Â < 0
+        policy_term = policy_objective(logprobs - batch.logprobs, batch.advantages, args.clip_coef).mean()
+    else:
+        policy_term = (logprobs * batch.advantages).mean()  # line 10
+    alpha = args.cooperation_weight
+    # DEVIATION: row 1, α on the return as in Eq. (8); line 11 puts it on the cost
+    utility = alpha * policy_term - (1 - alpha) * args.perception_cost_weight * cost.mean()  # Eq. (8), (9)
+    value_loss = ((values - batch.returns) ** 2).mean()
+    loss = -utility + args.leader_value_coef * value_loss  # Eq. (10)
+    info = {
+        "leader/utility": utility.detach(),
+        "leader/policy_term": policy_term.detach(),
+        "leader/perception_cost": cost.detach().mean(),
+    }
+    return loss, info
+
+
+def follower_loss(logits, values, batch: Batch, args: Args):
+    """Algorithm 1, lines 14-17: -L_CLIP + vf_coef * L_V - ent_coef * H. Returns (loss, info), scalars."""
+    policy = action_distribution(logits)
+    log_ratio = policy.log_prob(batch.actions) - batch.logprobs  # (B,)
+    policy_loss = -policy_objective(log_ratio, batch.advantages, args.clip_coef).mean()
+    value_error = (values - batch.returns) ** 2  # (B,)
+    if args.clip_value_loss:
+        clipped = batch.values + (values - batch.values).clamp(-args.clip_coef, args.clip_coef)
+        value_error = torch.max(value_error, (clipped - batch.returns) ** 2)
+    value_loss = value_error.mean()
+    entropy = policy.entropy().mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # line 17
+    with torch.no_grad():
+        info = {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": value_loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # http://joschu.net/blog/kl-approx.html
+            "losses/clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+        }
+    return loss, info
+
+
+# ==================================================================================================
+# Update
+# ==================================================================================================
+def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
+    """The rewards (T, N) that the advantages are made of."""
+    rewards = rollout.rewards.sign() if args.clip_rewards else rollout.rewards
+    if args.perception_cost_in_reward:  # R - λ_c C_θ(s), as in Eq. (13)
+        with torch.no_grad():
+            costs = [perception_cost(leader(obs, cost_rows(args))[1], args.perception_cost) for obs in rollout.obs]
+        rewards = rewards - args.perception_cost_weight * torch.stack(costs)
+    return rewards
+
+
+def cost_rows(args: Args) -> int:
+    """Query rows per layer that the perception cost is computed from; 0 for all."""
+    return 0 if args.perception_cost == "concentration" else args.cost_rows
+
+
+def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
+    minibatch = Batch(*(tensor[indices] for tensor in batch))
+    if args.norm_adv == "minibatch":
+        minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
+    return minibatch
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.mean()) / (x.std() + 1e-8)
+
+
+def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
+    """PPO: encoder and heads descend one loss under one norm clip. Two Adams of equal settings are one."""
+    logits, values = follower(leader(minibatch.obs))
+    loss, info = follower_loss(logits, values, minibatch, args)
+    leader_optimizer.zero_grad()
+    follower_optimizer.zero_grad()
+    loss.backward()
+    parameters = [*leader.parameters(), *follower.parameters()]
+    info["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    leader_optimizer.step()
+    follower_optimizer.step()
+    return info
+
+
+def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method="first-order", **options):
+    """Gradient of the leader's loss for each tensor of theta, to descend.
+
+    Both functions map (theta, phi), lists of tensors, to a scalar to minimise. "first-order" is
+    Algorithm 1's partial derivative ∂f_L/∂θ: the follower's answer to θ is not anticipated.
+    Raises ValueError on an unknown method.
+    """
+    if method != "first-order":
+        raise ValueError(f"unknown leader gradient {method!r}: first-order")
+    # DEVIATION: row 7, Eq. (6) asks for the total derivative through φ*(θ); Algorithm 1 takes this one
+    return list(torch.autograd.grad(leader_loss_fn(theta, phi), theta, materialize_grads=True))
+
+
+def call_with(module: nn.Module, parameters: list[torch.Tensor], *inputs, **options):
+    """module(*inputs) as a function of its parameters."""
+    return functional_call(module, dict(zip(dict(module.named_parameters()), parameters)), inputs, options)
+
+
+def descend(optimizer, parameters: list[torch.Tensor], gradients: list[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """One step of one player, its gradient clipped to `max_norm`. Returns the norm before clipping."""
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+    return norm
+
+
+def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
+    """SPRIG: leader, then follower, on one minibatch (Algorithm 1, lines 6-18)."""
+    theta, phi = list(leader.parameters()), list(follower.parameters())
+    seen = {}
+
+    def leader_loss_fn(theta, phi):
+        features, attention = call_with(leader, theta, minibatch.obs, num_rows=cost_rows(args))  # line 7
+        cost = perception_cost(attention, args.perception_cost)  # line 8, Eq. (9)
+        seen["logits"], values = call_with(follower, phi, features)  # line 9
+        loss, seen["info"] = leader_loss(seen["logits"], values, cost, minibatch, args)  # lines 10-11
+        return loss
+
+    def follower_loss_fn(theta, phi):
+        logits, values = call_with(follower, phi, call_with(leader, theta, minibatch.obs))
+        return follower_loss(logits, values, minibatch, args)[0]
+
+    # 1. The leader moves: ascend u_L in θ, φ held fixed (line 12).
+    gradients = leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, args.leader_gradient)
+    leader_norm = descend(leader_optimizer, theta, gradients, args.max_grad_norm)
+
+    # 2. The follower sees what the leader now shows: features recomputed, θ held fixed (line 13).
+    with torch.no_grad():
+        features = leader(minibatch.obs)
+
+    # 3. The follower answers: descend L_φ in φ (lines 14-18).
+    logits, values = follower(features)
+    # DEVIATION: row 6, line 17 adds C_θ, which does not depend on φ
+    loss, info = follower_loss(logits, values, minibatch, args)
+    follower_norm = descend(follower_optimizer, phi, torch.autograd.grad(loss, phi), args.max_grad_norm)
+
+    with torch.no_grad():
+        moved = kl_divergence(action_distribution(seen["logits"]), action_distribution(logits)).mean()
+    info |= seen["info"] | {"leader/kl": moved, "leader/grad_norm": leader_norm, "losses/grad_norm": follower_norm}
+    return info
+
+
+def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
+    """All epochs over one rollout. Returns the means of what the losses report."""
+    step = joint_step if args.update == "joint" else stackelberg_step
+    history = []
+    for _ in range(args.update_epochs):
+        epoch = []
+        for indices in torch.randperm(len(batch.obs)).to(batch.obs.device).split(args.minibatch_size):
+            minibatch = select_minibatch(batch, indices, args)
+            epoch.append(step(leader, follower, leader_optimizer, follower_optimizer, minibatch, args))
+        history += epoch
+        if args.target_kl is not None and mean_info(epoch)["losses/approx_kl"] > args.target_kl:
+            break
+    return mean_info(history) | attention_info(leader, minibatch.obs)
+
+
+@torch.no_grad()
+def attention_info(leader: Leader, obs: torch.Tensor) -> dict[str, float]:
+    """Normalised entropy and residual gate of each layer, on one minibatch after the update."""
+    info = {}
+    for k, (block, rows) in enumerate(zip(leader.blocks, leader(obs, num_rows=24)[1]), start=1):
+        info[f"leader/attention_entropy_{k}"] = perception_cost([rows], "entropy").mean().item()
+        if block.gate is not None:
+            info[f"leader/gate_{k}"] = block.gate.item()
+    return info
+
+
+def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Means over minibatches, fetched from the device at once."""
+    table = torch.stack([torch.stack(list(info.values())) for info in history])
+    return dict(zip(history[0], table.mean(0).tolist()))
+
+
+# ==================================================================================================
+# Logging
+# ==================================================================================================
+PICTURE_INTERVAL = 100_000  # agent steps between two rounds of pictures
+
+
+def start_run(args: Args) -> tuple[Path, SummaryWriter]:
+    """Create the run's folder, write args.json, open TensorBoard (and Weights & Biases)."""
+    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_dir or Path("runs") / name)
+    record = run_record(args)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if any(run_dir.iterdir()):
+            fail(f"--run-dir {run_dir} is not empty; name a new folder, nothing is overwritten")
+        (run_dir / "args.json").write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
+    if args.track:
+        import wandb
+
+        wandb.init(project="sprig", name=run_dir.name, config=record, sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run_dir)
+    rows = {**record["arguments"], **record["protocol"], **record["versions"]}
+    writer.add_text("hyperparameters", "|parameter|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in rows.items()))
+    return run_dir, writer
+
+
+def run_record(args: Args) -> dict:
+    """What a result depends on: arguments, protocol, versions."""
+    packages = ("torch", "gymnasium", "ale-py", "numpy")
+    return {
+        "script": Path(__file__).name,
+        "arguments": dataclasses.asdict(args),
+        "protocol": env_protocol(args),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
+    """1 - Var[returns - values] / Var[returns]: 1 is a perfect critic, 0 a constant one."""
+    return float(1 - (returns - values).var() / returns.var())
+
+
+# ==================================================================================================
+# Evaluation
+# ==================================================================================================
+@torch.inference_mode()
+def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.device) -> dict:
+    """Play `args.eval_episodes` whole games, unclipped, on seeds that training never used.
+
+    One environment per game, each game counted: taking the first games to end among many would
+    favour short ones. Leaves the global random state as it was.
+    """
+    num_games = args.eval_episodes
+    envs = make_envs(dataclasses.replace(args, num_envs=num_games))
+    obs, _ = envs.reset(seed=env_seeds(args.seed, 1, num_envs=num_games))  # stream 1; training is stream 0
+    returns, lengths, playing = np.zeros(num_games), np.zeros(num_games, dtype=int), np.ones(num_games, dtype=bool)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        while playing.any():
+            logits, _ = follower(leader(torch.from_numpy(obs[playing]).to(device)))
+            action = logits.argmax(-1) if args.eval_greedy else action_distribution(logits).sample()
+            actions = np.zeros((num_games, *action.shape[1:]), dtype=np.int64)  # a finished game idles
+            actions[playing] = action.cpu().numpy()
+            obs, _, _, _, info = envs.step(actions)
+            if "_episode" in info:
+                ended = info["_episode"] & playing
+                returns[ended], lengths[ended] = info["episode"]["r"][ended], info["episode"]["l"][ended]
+                playing &= ~ended
+    envs.close()
+    return {
+        "returns": returns.tolist(),
+        "lengths": lengths.tolist(),
+        "mean": float(returns.mean()),
+        "std": float(returns.std()),
+        "greedy": args.eval_greedy,
+        "protocol": env_protocol(args),
+    }
+
+
+# ==================================================================================================
+# Checkpoint
+# ==================================================================================================
+def save_model(path: Path, leader: Leader, follower: Follower) -> None:
+    """The trained weights: `torch.load(path, weights_only=True)` gives two state dicts."""
+    torch.save({"leader": leader.state_dict(), "follower": follower.state_dict()}, path)
+
+
+# ==================================================================================================
+# Main
+# ==================================================================================================
+def main(args: Args) -> dict:
+    """Train, evaluate, save. Returns the evaluation (empty with `--eval-episodes 0`)."""
+    args = check_args(args)
+    device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    envs = make_envs(args)
+    leader = Leader(envs.single_observation_space, args).to(device)
+    follower = Follower(leader.num_features, envs.single_action_space).to(device)
+    leader_optimizer, follower_optimizer = (
+        torch.optim.Adam(module.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        for module in (leader, follower)
+    )
+    run_dir, writer = start_run(args)
+
+    rollout = allocate_rollout(args, envs, device)
+    obs, _ = envs.reset(seed=env_seeds(args.seed, 0, 0, num_envs=args.num_envs))
+    rollout_size = args.num_steps * args.num_envs
+    num_iterations = args.total_timesteps // rollout_size
+    recent_returns = deque(maxlen=20)
+    global_step, start_time = 0, time.perf_counter()
+    progress = tqdm(total=num_iterations * rollout_size, unit="step", dynamic_ncols=True, disable=None)
+    for iteration in range(num_iterations):
+        if args.anneal_lr:
+            for group in leader_optimizer.param_groups + follower_optimizer.param_groups:
+                group["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+
+        obs, games = collect_rollout(envs, obs, leader, follower, rollout)
+        rewards = learner_rewards(rollout, leader, args)
+        ends = (rollout.terminations, rollout.dones)
+        advantages, returns = compute_gae(
+            rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda
+        )
+        if args.norm_adv == "rollout":
+            advantages = normalise(advantages)
+        columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
+        batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
+        metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, args)
+
+        for step, episodic_return, episodic_length in games:
+            writer.add_scalar("charts/episodic_return", episodic_return, global_step + step)
+            writer.add_scalar("charts/episodic_length", episodic_length, global_step + step)
+            recent_returns.append(episodic_return)
+        global_step += rollout_size
+        metrics["losses/explained_variance"] = explained_variance(batch.values, batch.returns)
+        metrics["charts/learning_rate"] = leader_optimizer.param_groups[0]["lr"]
+        metrics["charts/SPS"] = global_step / (time.perf_counter() - start_time)
+        for tag, value in metrics.items():
+            writer.add_scalar(tag, value, global_step)
+        if iteration == 0:
+            shown_obs = rollout.obs[-1, :4].clone()  # the same four for the whole run
+        if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
+            for tag, picture in leader.pictures(shown_obs).items():
+                writer.add_image(tag, picture, global_step, dataformats="HWC")
+        progress.update(rollout_size)
+        mean_return = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
+        progress.set_postfix_str(f"return {mean_return}, {metrics['charts/SPS']:.0f} steps/s")
+    progress.close()
+    envs.close()
+
+    save_model(run_dir / "model.pt", leader, follower)
+    evaluation = {}
+    if args.eval_episodes:
+        evaluation = evaluate(leader, follower, args, device)
+        writer.add_scalar("eval/mean_return", evaluation["mean"], global_step)
+        writer.add_scalar("eval/std_return", evaluation["std"], global_step)
+        (run_dir / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+        print(f"evaluation over {args.eval_episodes} games: {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
+    writer.close()
+    print(f"run saved in {run_dir}")
+    return evaluation
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
