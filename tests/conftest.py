@@ -1,0 +1,54 @@
+"""What the tests share. Every script is imported, never copied from."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).parent))  # toy.py
+
+import numpy as np
+import pytest
+import torch
+
+import ppo_atari_baseline
+import sprig_atari
+
+ROOT = Path(__file__).parent.parent
+TWINS = {"ppo_atari_baseline": ppo_atari_baseline, "sprig_atari": sprig_atari}
+
+
+@pytest.fixture(params=TWINS.values(), ids=TWINS.keys())
+def script(request):
+    """Each of the twins in turn."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - stable-baselines3 draws from it
+
+
+def build(script, args, num_actions=9):
+    """Leader, follower and their optimizers as main builds them, without an emulator."""
+    import gymnasium as gym
+
+    leader = script.Leader(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), args)
+    follower = script.Follower(leader.num_features, gym.spaces.Discrete(num_actions))
+    optimizers = [
+        torch.optim.Adam(module.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        for module in (leader, follower)
+    ]
+    return leader, follower, *optimizers
+
+
+def random_batch(script, leader, follower, size=32):
+    """Noise frames with actions of the current policy, so that all ratios start at 1."""
+    obs = torch.randint(0, 256, (size, 84, 84, 4), dtype=torch.uint8).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        logits, values = follower(leader(obs))
+        policy = script.action_distribution(logits)
+        actions = policy.sample()
+    returns = values + torch.randn(size)
+    return script.Batch(obs, actions, policy.log_prob(actions), values, torch.randn(size), returns)

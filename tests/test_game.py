@@ -1,0 +1,331 @@
+"""SPRIG's game: who moves, along which gradient, and what attention costs."""
+
+import dataclasses
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import build, random_batch
+
+import sprig_atari as sprig
+
+
+def clones(*modules):
+    return [[p.detach().clone() for p in module.parameters()] for module in modules]
+
+
+def same(parameters, others):
+    return all(torch.equal(a, b) for a, b in zip(parameters, others))
+
+
+# -- Moves -----------------------------------------------------------------------------------------
+def test_each_player_moves_its_own_parameters_only(monkeypatch):
+    args = sprig.Args()
+    leader, follower, *optimizers = build(sprig, args)
+    batch = random_batch(sprig, leader, follower)
+    states = [clones(leader, follower)]
+    real = sprig.descend
+
+    def spy(*inputs):
+        norm = real(*inputs)
+        states.append(clones(leader, follower))
+        return norm
+
+    monkeypatch.setattr(sprig, "descend", spy)
+    sprig.stackelberg_step(leader, follower, *optimizers, batch, args)
+    before, after_leader, after_follower = states
+    assert not same(before[0], after_leader[0]) and same(before[1], after_leader[1])
+    assert same(after_leader[0], after_follower[0]) and not same(after_leader[1], after_follower[1])
+
+
+def test_follower_answers_the_features_from_after_the_leaders_move():
+    args = sprig.Args(max_grad_norm=1e9)
+    leader, follower, *optimizers = build(sprig, args)
+    batch = random_batch(sprig, leader, follower)
+    phi = clones(follower)[0]
+    sprig.stackelberg_step(leader, follower, *optimizers, batch, args)
+    taken = [p.grad.clone() for p in follower.parameters()]
+    with torch.no_grad():  # put the follower back: the leader has moved
+        for p, old in zip(follower.parameters(), phi):
+            p.copy_(old)
+        features = leader(batch.obs)
+    loss, _ = sprig.follower_loss(*follower(features), batch, args)
+    for got, expected in zip(taken, torch.autograd.grad(loss, list(follower.parameters()))):
+        torch.testing.assert_close(got, expected)
+
+
+# -- Losses against finite differences -------------------------------------------------------------
+class Tiny(torch.nn.Module):
+    def __init__(self, width_in, *widths_out):
+        super().__init__()
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(width_in, w) for w in widths_out)
+
+    def forward(self, x):
+        outputs = [head(x) for head in self.heads]
+        return torch.tanh(outputs[0]) if len(outputs) == 1 else (outputs[0], outputs[1].squeeze(-1))
+
+
+def tiny_game(args):
+    """Small smooth players in float64, the rollout's policy a little away from the current one."""
+    torch.manual_seed(1)
+    leader, follower = Tiny(5, 6).double(), Tiny(6, 3, 1).double()
+    obs = torch.randn(16, 5, dtype=torch.float64)
+    actions = torch.randint(3, (16,))
+    logits, values = follower(leader(obs))
+    logprobs = sprig.action_distribution(logits).log_prob(actions).detach()
+    logprobs = logprobs + 0.05 * torch.randn_like(logprobs)
+    columns = (values.detach() + torch.randn(16), torch.randn(16), torch.randn(16))
+    batch = sprig.Batch(obs, actions, logprobs, *(x.double() for x in columns))
+
+    def attention(features):  # (16, 6, 6), depends on theta
+        return [(features.unsqueeze(2) * features.unsqueeze(1)).softmax(-1)]
+
+    def leader_loss_fn(theta, phi):
+        features = sprig.call_with(leader, theta, obs)
+        cost = sprig.perception_cost(attention(features), args.perception_cost)
+        return sprig.leader_loss(*sprig.call_with(follower, phi, features), cost, batch, args)[0]
+
+    def follower_loss_fn(theta, phi):
+        return sprig.follower_loss(*sprig.call_with(follower, phi, sprig.call_with(leader, theta, obs)), batch, args)[0]
+
+    return leader_loss_fn, follower_loss_fn, list(leader.parameters()), list(follower.parameters())
+
+
+def central_differences(function, parameters, step=1e-6):
+    gradients = [torch.zeros_like(p) for p in parameters]
+    for p, gradient in zip(parameters, gradients):
+        for i in range(p.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = [q.detach().clone() if q is p else q.detach() for q in parameters]
+                moved[[q is p for q in parameters].index(True)].view(-1)[i] += sign * step
+                ends.append(function(moved).item())
+            gradient.view(-1)[i] = (ends[0] - ends[1]) / (2 * step)
+    return gradients
+
+
+@pytest.mark.parametrize("objective", ["clipped", "log-prob"])
+@pytest.mark.parametrize("cost", ["entropy", "concentration"])
+def test_leader_gradient_equals_finite_differences(objective, cost):
+    args = sprig.Args(
+        leader_objective=objective, perception_cost=cost, perception_cost_weight=0.5, leader_value_coef=0.3
+    )
+    leader_loss_fn, follower_loss_fn, theta, phi = tiny_game(args)
+    got = sprig.leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, "first-order")
+    for a, b in zip(got, central_differences(lambda t: leader_loss_fn(t, phi), theta)):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip_value_loss", [False, True])
+def test_follower_gradient_equals_finite_differences(clip_value_loss):
+    args = sprig.Args(clip_value_loss=clip_value_loss)
+    _, follower_loss_fn, theta, phi = tiny_game(args)
+    got = torch.autograd.grad(follower_loss_fn(theta, phi), phi)
+    for a, b in zip(got, central_differences(lambda f: follower_loss_fn(theta, f), phi)):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+def test_leader_gradient_refuses_an_unknown_method():
+    with pytest.raises(ValueError, match="unknown leader gradient"):
+        sprig.leader_gradient(None, None, [], [], "second-order")
+
+
+def test_objectives_have_one_gradient_where_the_ratio_is_one():
+    logits = torch.randn(64, 5, dtype=torch.float64, requires_grad=True)
+    actions, advantages = torch.randint(5, (64,)), torch.randn(64, dtype=torch.float64)
+    logprobs = sprig.action_distribution(logits).log_prob(actions)
+    old = logprobs.detach()
+    objectives = (
+        (logprobs * advantages).mean(),
+        ((logprobs - old).exp() * advantages).mean(),
+        sprig.policy_objective(logprobs - old, advantages, 0.2).mean(),
+    )
+    first, *others = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in objectives)
+    for other in others:
+        torch.testing.assert_close(first, other)
+
+
+def test_clipped_objective_stops_where_the_ratio_has_moved_far_enough():
+    log_ratio = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    sprig.policy_objective(log_ratio, advantages, 0.2).sum().backward()
+    assert log_ratio.grad[:2].tolist() == [0, 0] and (log_ratio.grad[2:] != 0).all()
+
+
+def test_cooperation_weight_lies_on_the_return():
+    batch = sprig.Batch(None, torch.tensor([0]), torch.zeros(1), torch.zeros(1), torch.ones(1), torch.zeros(1))
+    logits, values, cost = torch.zeros(1, 1), torch.zeros(1), torch.full((1,), 0.5)  # ratio 1, advantage 1
+    args = sprig.Args(cooperation_weight=0.7, perception_cost_weight=0.1)
+    loss, info = sprig.leader_loss(logits, values, cost, batch, args)
+    assert info["leader/utility"].item() == pytest.approx(0.7 * 1.0 - 0.3 * 0.1 * 0.5)  # Eq. (8)
+    assert loss.item() == pytest.approx(-info["leader/utility"].item())
+
+
+# -- Perception cost -------------------------------------------------------------------------------
+def uniform(n):
+    return torch.full((2, n, n), 1 / n)
+
+
+def one_hot(n):  # every query looks at location 0
+    weights = torch.zeros(2, n, n)
+    weights[:, :, 0] = 1
+    return weights
+
+
+def permutation(n):  # every query looks at a location of its own
+    return torch.eye(n)[torch.randperm(n)].expand(2, n, n)
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "expected"),
+    [
+        ("entropy", uniform, 1), ("entropy", one_hot, 0), ("entropy", permutation, 0),
+        ("concentration", uniform, 0), ("concentration", one_hot, 1), ("concentration", permutation, 0),
+        ("l1", uniform, 1), ("l1", one_hot, 1), ("l1", permutation, 1),
+    ],
+)  # fmt: skip
+def test_known_costs(kind, make, expected):
+    cost = sprig.perception_cost([make(n) for n in (400, 81, 49)], kind)
+    assert cost.shape == (2,)
+    torch.testing.assert_close(cost, torch.full((2,), float(expected)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["entropy", "concentration", "l1"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_costs_lie_between_0_and_1_and_only_l1_has_no_gradient(kind, scale):
+    scores = (scale * torch.randn(4, 49, 49)).requires_grad_()
+    cost = sprig.perception_cost([scores.softmax(-1)], kind)
+    assert (cost >= 0).all() and (cost <= 1).all()
+    (gradient,) = torch.autograd.grad(cost.sum(), scores)
+    assert gradient.isfinite().all()
+    if kind == "l1":
+        assert (gradient == 0).all()
+    elif scale == 1.0:
+        assert gradient.abs().max() > 1e-6
+
+
+def test_entropy_of_sampled_rows_is_unbiased():
+    torch.manual_seed(2)
+    block = sprig.AttentionBlock(32, gated=True)
+    torch.nn.init.normal_(block.project.weight, std=1.0)  # rows that differ in entropy
+    x = torch.randn(2, 400, 32)
+    with torch.no_grad():
+        exact = sprig.perception_cost([block(x, num_rows=0)[1]], "entropy")
+        draws = torch.stack([sprig.perception_cost([block(x, num_rows=24)[1]], "entropy") for _ in range(400)])
+    error = draws.std(0) / 400**0.5
+    assert (error > 0).all(), "the draws must differ"
+    assert ((draws.mean(0) - exact).abs() < 4 * error).all()
+
+
+def test_sampled_rows_are_refused_for_concentration():
+    with pytest.raises(ValueError, match="all 49 query rows"):
+        sprig.perception_cost([torch.full((1, 5, 49), 1 / 49)], "concentration")
+    with pytest.raises(ValueError, match="unknown perception cost"):
+        sprig.perception_cost([uniform(4)], "l2")
+
+
+def test_concentration_trains_with_all_rows():
+    args = sprig.Args(perception_cost="concentration", perception_cost_weight=1.0)
+    leader, follower, *optimizers = build(sprig, args)
+    info = sprig.stackelberg_step(leader, follower, *optimizers, random_batch(sprig, leader, follower, 8), args)
+    assert 0 < info["leader/perception_cost"] < 1
+
+
+def test_perception_cost_in_reward_is_subtracted():
+    args = sprig.Args(num_envs=2, num_steps=3, perception_cost_weight=0.1, perception_cost_in_reward=True, cost_rows=0)
+    leader, *_ = build(sprig, args)
+    obs = torch.randint(0, 256, (3, 2, 4, 84, 84), dtype=torch.uint8)
+    rollout = sprig.Rollout(obs, *(torch.ones(3, 2) for _ in range(7)))
+    rewards = sprig.learner_rewards(rollout, leader, args)
+    cost = sprig.perception_cost(leader(obs.flatten(0, 1), num_rows=0)[1], "entropy").view(3, 2)
+    torch.testing.assert_close(rewards, 1 - 0.1 * cost)
+
+
+# -- Attention -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("n", "channels", "samples"), [(400, 32, 5), (81, 64, 3), (49, 64, 3)])
+def test_fused_and_plain_attention_agree(n, channels, samples):
+    widths = (channels // 8, channels // 8, channels)
+    inputs = [torch.randn(samples, n, width, requires_grad=True) for width in widths]
+    grad = torch.randn(samples, n, channels)
+    outputs = [sprig.attend(*inputs, fused=fused) for fused in (True, False)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(output, inputs, grad) for output in outputs)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_is_what_pytorch_computes():
+    query, key, value = (torch.randn(3, 400, width) for width in (4, 4, 32))
+    reference = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(sprig.attend(query, key, value), reference, atol=1e-5, rtol=1e-5)
+
+
+def beamrider_frames():
+    envs = sprig.make_envs(sprig.Args(num_envs=4))
+    obs, _ = envs.reset(seed=1)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        obs, *_ = envs.step(rng.integers(9, size=4))
+    envs.close()
+    return torch.from_numpy(obs)
+
+
+def spatial_std(args):
+    leader, *_ = build(sprig, args)
+    with torch.no_grad():
+        return leader(beamrider_frames()).view(4, 64, 49).std(-1).mean().item()
+
+
+def test_features_know_where_things_are_unless_read_literally():
+    assert spatial_std(sprig.Args()) > 0.1
+    assert spatial_std(sprig.check_args(sprig.Args(paper_literal=True))) < 0.01
+
+
+@pytest.mark.parametrize("attention", ["gated", "figure4", "none"])
+def test_every_kind_of_attention_steps(attention):
+    args = sprig.Args(attention=attention)
+    leader, follower, *optimizers = build(sprig, args)
+    batch = random_batch(sprig, leader, follower, 8)
+    features, maps = leader(batch.obs, num_rows=0)
+    assert features.shape == (8, 3136)
+    assert [tuple(m.shape) for m in maps] == ([] if attention == "none" else [(8, n, n) for n in (400, 81, 49)])
+    for weights in maps:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+    info = sprig.update(leader, follower, *optimizers, batch, dataclasses.replace(args, minibatch_size=4))
+    assert all(np.isfinite(list(info.values())))
+    pictures = leader.pictures(batch.obs[:2])
+    for picture in pictures.values():
+        assert picture.dtype == np.uint8 and picture.shape[-1] == 3
+
+
+def test_paper_literal_sets_every_literal_reading():
+    args = sprig.check_args(sprig.Args(paper_literal=True))
+    assert args.cooperation_weight == 0.3 and args.perception_cost == "l1" and args.attention == "figure4"
+    assert args.leader_objective == "log-prob" and args.leader_value_coef == 0 and args.update == "stackelberg"
+
+
+def test_gates_start_at_zero_and_attention_then_changes_nothing():
+    gated, _, *_ = build(sprig, sprig.Args(attention="gated"))
+    plain, _, *_ = build(sprig, sprig.Args(attention="none"))
+    plain.load_state_dict({k: v for k, v in gated.state_dict().items() if not k.startswith("blocks")})
+    obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    assert torch.equal(gated(obs), plain(obs))
+
+
+def test_overlay_lands_where_the_attention_is():
+    """A one-hot map colours the pixels at the centre of that location's receptive field, no others."""
+    leader = sprig.Leader(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), sprig.Args(attention="none"))
+    for layer, (size, location) in enumerate([(20, (3, 17)), (9, (8, 1)), (7, (0, 5))]):
+        received = np.zeros(size * size)
+        received[location[0] * size + location[1]] = size * size
+        picture = sprig.attention_overlay(np.full((84, 84), 100, np.uint8), received, layer)
+        coloured = np.argwhere(picture[..., 0] != picture[..., 1])
+        # what that location of the convolutional map really depends on, by its gradient
+        pixels = torch.zeros(1, 4, 84, 84, requires_grad=True)
+        x = pixels
+        for conv in leader.convs[: layer + 1]:
+            x = conv(x)
+        x[0, :, location[0], location[1]].sum().backward()
+        field = np.argwhere(pixels.grad[0].abs().sum(0).numpy() > 0)
+        np.testing.assert_allclose(coloured.mean(0), field.mean(0), atol=0.01)
+        assert coloured.min() >= field.min() and coloured.max() <= field.max()

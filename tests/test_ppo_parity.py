@@ -1,0 +1,94 @@
+"""One update of the baseline equals stable-baselines3's on the same rollout, weights and minibatches."""
+
+import gymnasium as gym
+import numpy as np
+import torch
+from conftest import build
+from stable_baselines3 import PPO
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+import ppo_atari_baseline as ppo
+
+
+class Frames(gym.Env):
+    """An image space with nothing behind it: the reference needs one to build its networks."""
+
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(6)
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+def test_one_update_equals_stable_baselines3(monkeypatch):
+    steps, envs, batch_size, epochs, rate = 16, 4, 16, 3, 1e-3
+    args = ppo.Args(minibatch_size=batch_size, update_epochs=epochs, learning_rate=rate, norm_adv="minibatch")
+    leader, follower, *optimizers = build(ppo, args, num_actions=6)
+    reference = PPO(
+        "CnnPolicy",
+        DummyVecEnv([Frames] * envs),
+        n_steps=steps,
+        batch_size=batch_size,
+        n_epochs=epochs,
+        learning_rate=rate,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        clip_range=args.clip_coef,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        device="cpu",
+    )
+    reference.set_logger(configure(None, []))
+    pairs = [
+        (reference.policy.features_extractor.cnn[0], leader.conv1),
+        (reference.policy.features_extractor.cnn[2], leader.conv2),
+        (reference.policy.features_extractor.cnn[4], leader.conv3),
+        (reference.policy.features_extractor.linear[0], follower.hidden),
+        (reference.policy.action_net, follower.actor),
+        (reference.policy.value_net, follower.critic),
+    ]
+    for theirs, ours in pairs:
+        theirs.load_state_dict(ours.state_dict())
+
+    # One rollout of noise frames, acted on by the common policy, with ends in it.
+    obs = torch.randint(0, 256, (steps, envs, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        logits, values = follower(leader(obs.flatten(0, 1)))
+        policy = ppo.action_distribution(logits)
+        actions = policy.sample()
+        logprobs = policy.log_prob(actions)
+    values, actions, logprobs = (x.view(steps, envs) for x in (values, actions, logprobs))
+    rewards, last_values = torch.randn(steps, envs), torch.randn(envs)
+    ends = (torch.rand(steps, envs) < 0.2).float()
+
+    buffer = reference.rollout_buffer
+    buffer.reset()
+    starts = torch.cat([torch.zeros(1, envs), ends[:-1]])  # theirs marks the step after an end
+    for t in range(steps):
+        buffer.add(obs[t].numpy(), actions[t].numpy(), rewards[t].numpy(), starts[t].numpy(), values[t], logprobs[t])
+    buffer.compute_returns_and_advantage(last_values, ends[-1].numpy())
+    next_values = torch.cat([values[1:], last_values.unsqueeze(0)])
+    advantages, returns = ppo.compute_gae(rewards, values, next_values, ends, ends, args.gamma, args.gae_lambda)
+    np.testing.assert_allclose(buffer.advantages, advantages.numpy(), atol=1e-5)
+    np.testing.assert_allclose(buffer.returns, returns.numpy(), atol=1e-5)
+
+    # The same minibatches: they number transitions environment by environment, we step by step.
+    orders = [np.random.default_rng(epoch).permutation(steps * envs) for epoch in range(epochs)]
+    theirs, ours = iter(orders), iter(orders)
+    monkeypatch.setattr(np.random, "permutation", lambda n: next(theirs))
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.from_numpy(next(ours)))
+    reference.train()
+    columns = (obs, actions, logprobs, values, advantages, returns)
+    batch = ppo.Batch(*(x.transpose(0, 1).flatten(0, 1) for x in columns))
+    before = [ours.weight.clone() for _, ours in pairs]
+    ppo.update(leader, follower, *optimizers, batch, args)
+
+    for (theirs, ours), old in zip(pairs, before):
+        assert (ours.weight - old).abs().max() > 1e-3, "the update must have moved every layer"
+        torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-5, rtol=0)

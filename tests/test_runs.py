@@ -1,0 +1,140 @@
+"""Whole runs of `main`: they learn, repeat themselves, and refuse bad input."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TWINS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import PatchEnvs
+
+SMALL = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "minibatch_size": 16, "eval_episodes": 0}
+
+
+def scalars(run_dir):
+    """Tag -> [(step, value)], without the one that measures time."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag != "charts/SPS"
+    }
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["rewarded", "shuffled"])
+def test_learns_where_things_are(script, tmp_path, monkeypatch, shuffled):
+    monkeypatch.setattr(script, "make_envs", lambda args: PatchEnvs(args.num_envs, shuffled))
+    args = script.Args(
+        run_dir=str(tmp_path / "run"), total_timesteps=1024 if shuffled else 3072, num_steps=32,
+        learning_rate=3e-4, gamma=0.5, eval_episodes=20,
+    )  # fmt: skip
+    evaluation = script.main(args)
+    if not shuffled:
+        assert evaluation["mean"] > 0.9 * PatchEnvs.optimum
+        return
+    # The control: judged by the true rule, a policy trained on random rewards is at chance.
+    monkeypatch.setattr(script, "make_envs", lambda args: PatchEnvs(args.num_envs))
+    envs = PatchEnvs(20)
+    leader = script.Leader(envs.single_observation_space, args)
+    follower = script.Follower(leader.num_features, envs.single_action_space)
+    model = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    leader.load_state_dict(model["leader"])
+    follower.load_state_dict(model["follower"])
+    assert script.evaluate(leader, follower, args, torch.device("cpu"))["mean"] < 0.5 * PatchEnvs.optimum
+
+
+def test_same_seed_writes_the_same_scalars_and_weights(script, tmp_path):
+    for name in ("a", "b", "c"):
+        script.main(
+            script.Args(run_dir=str(tmp_path / name), seed=2 if name == "c" else 1, max_episode_steps=20, **SMALL)
+        )
+    a, b, c = (scalars(tmp_path / name) for name in ("a", "b", "c"))
+    assert a == b and a != c
+    assert len(a["losses/value_loss"]) == 2 and len(a["charts/episodic_return"]) == 6
+    a, b = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("a", "b"))
+    for player in ("leader", "follower"):
+        assert all(torch.equal(a[player][key], b[player][key]) for key in a[player])
+
+
+def test_a_run_leaves_what_it_promises(script, tmp_path):
+    args = script.Args(
+        run_dir=str(tmp_path), env_id="ALE/Breakout-v5", anneal_lr=True, clip_value_loss=True,
+        **{**SMALL, "eval_episodes": 2}, max_episode_steps=60,
+    )  # fmt: skip
+    evaluation = script.main(args)
+    record = json.loads((tmp_path / "args.json").read_text())
+    assert record["arguments"]["gamma"] == 0.99 and record["versions"]["torch"]
+    assert record["protocol"]["repeat_action_probability"] == 0.25 and record["protocol"]["max_frames_per_game"] == 240
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
+    assert len(evaluation["returns"]) == len(evaluation["lengths"]) == 2 and max(evaluation["lengths"]) <= 60
+    logged = scalars(tmp_path)
+    assert [value for _, value in logged["charts/learning_rate"]] == pytest.approx([1e-4, 5e-5])
+    promised = "policy_loss value_loss entropy approx_kl clipfrac explained_variance".split()
+    assert {f"losses/{name}" for name in promised} <= set(logged)
+
+
+def test_evaluation_is_repeatable_and_counts_each_game_once(script, tmp_path):
+    args = script.Args(eval_episodes=3, max_episode_steps=40)
+    envs = script.make_envs(args)
+    leader = script.Leader(envs.single_observation_space, args)
+    follower = script.Follower(leader.num_features, envs.single_action_space)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first, second = (script.evaluate(leader, follower, args, torch.device("cpu")) for _ in range(2))
+    assert first == second and first["lengths"] == [40, 40, 40]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+BAD = {
+    "unknown id": ({"env_id": "BeamRidrNoFrameskip-v4"}, "did you mean BeamRiderNoFrameskip-v4"),
+    "not Atari": ({"env_id": "CartPole-v1"}, "not an Atari game"),
+    "random skip": ({"env_id": "BeamRider-v4"}, "random number of frames"),
+    "indivisible": ({"minibatch_size": 100}, "does not divide"),
+    "zero": ({"num_envs": 0}, "--num-envs must be at least 1"),
+    "negative": ({"num_steps": -1}, "--num-steps must be at least 1"),
+    "negative seed": ({"seed": -1}, "--seed must not be negative"),
+    "no learning": ({"learning_rate": 0.0}, "--learning-rate must be positive"),
+    "nan": ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
+    "gamma": ({"gamma": 1.5}, "--gamma must lie in"),
+    "too short": ({"total_timesteps": 2047}, "less than one rollout"),
+    "no such device": ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
+    "nonsense device": ({"device": "abacus"}, "--device abacus cannot be used"),
+    "folder is a file": ({"run_dir": "/dev/null/run"}, "cannot be written"),
+    "folder cannot be written": ({"run_dir": "/proc/run"}, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(script, case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes, message = BAD[case]
+    start = time.perf_counter()
+    with pytest.raises(SystemExit) as error:
+        script.main(script.Args(**changes))
+    assert message in error.value.code and error.value.code.startswith("error: ") and "\n" not in error.value.code
+    assert time.perf_counter() - start < 5
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_cooperation_weight_outside_0_1_is_refused(alpha):
+    script = TWINS["sprig_atari"]
+    with pytest.raises(SystemExit, match="--cooperation-weight must lie in"):
+        script.main(script.Args(cooperation_weight=alpha))
+
+
+def test_nothing_is_overwritten(script, tmp_path):
+    (tmp_path / "precious").write_text("result")
+    with pytest.raises(SystemExit, match="not empty"):
+        script.main(script.Args(run_dir=str(tmp_path)))
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_mistake_on_the_command_line_exits_without_a_traceback(name, tmp_path):
+    command = [sys.executable, ROOT / f"{name}.py", "--env-id", "CartPole-v1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0 and result.stdout == ""
+    assert result.stderr.startswith("error: --env-id CartPole-v1") and result.stderr.count("\n") == 1

@@ -1,0 +1,80 @@
+"""The twins differ by the algorithm alone, in text and in numbers."""
+
+import copy
+import re
+
+import pytest
+import torch
+from conftest import ROOT, TWINS, build, random_batch
+
+import ppo_atari_baseline as ppo
+import sprig_atari as sprig
+
+BANNERS = [
+    "Arguments", "Environment", "Leader", "Follower", "Rollout", "Advantages",
+    "Losses", "Update", "Logging", "Evaluation", "Checkpoint", "Main",
+]  # fmt: skip
+
+
+def sections(path):
+    """Banner -> text below it."""
+    parts = re.split(r"^# =+\n# (\w+)\n# =+\n", path.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_banners_stand_in_the_agreed_order(name):
+    assert list(sections(ROOT / f"{name}.py")) == BANNERS
+
+
+@pytest.mark.parametrize("banner", [b for b in BANNERS if b not in ("Arguments", "Leader", "Losses", "Update")])
+def test_shared_sections_are_the_same_text(banner):
+    a, b = (sections(ROOT / f"{name}.py")[banner] for name in TWINS)
+    assert a == b
+
+
+@pytest.mark.parametrize("banner", ["Arguments", "Losses", "Update"])
+def test_sprig_keeps_every_top_level_definition_of_ppo(banner):
+    """What both define is the same text, except where the algorithm is."""
+    definitions = [
+        dict(re.findall(r"^((?:def|class) \w+)(.*?)(?=^\S|\Z)", sections(ROOT / f"{name}.py")[banner], re.M | re.S))
+        for name in TWINS
+    ]
+    algorithm = {"class Args", "def check_args", "def learner_rewards", "def update"}
+    for key, text in definitions[0].items():
+        assert key in definitions[1]
+        if key not in algorithm:
+            assert definitions[1][key].rstrip() == text.rstrip(), key
+
+
+def test_sprig_has_every_flag_of_ppo_with_the_same_default():
+    assert vars(ppo.Args()).items() <= vars(sprig.Args()).items()
+
+
+@pytest.mark.parametrize("norm_adv", ["rollout", "minibatch"])
+def test_joint_update_is_bit_identical_to_the_baselines(norm_adv):
+    args = {"minibatch_size": 8, "update_epochs": 2, "norm_adv": norm_adv, "max_grad_norm": 0.1}
+    sprig_args, ppo_args = sprig.Args(update="joint", **args), ppo.Args(**args)
+    leader, follower, *_ = build(sprig, sprig_args)  # the attention encoder, in both
+    batch = random_batch(sprig, leader, follower)
+    results = []
+    for script, script_args in ((sprig, sprig_args), (ppo, ppo_args)):
+        players = copy.deepcopy((leader, follower))
+        optimizers = [torch.optim.Adam(p.parameters(), lr=1e-3, eps=1e-5, fused=True) for p in players]
+        torch.manual_seed(7)
+        info = script.update(*players, *optimizers, script.Batch(*batch), script_args)
+        results.append((players, info))
+    for a, b in zip(results[0][0], results[1][0]):
+        for (name, p), q in zip(a.named_parameters(), b.parameters()):
+            assert torch.equal(p, q), name
+    assert results[1][1].items() <= results[0][1].items()
+    assert not torch.equal(results[0][0][0].convs[0].weight, leader.convs[0].weight), "nothing was trained"
+
+
+def test_target_kl_stops_between_epochs(script):
+    args = script.Args(minibatch_size=8, update_epochs=50, learning_rate=1e-3, target_kl=1e-3)
+    leader, follower, *optimizers = build(script, args)
+    batch = random_batch(script, leader, follower)
+    script.update(leader, follower, *optimizers, batch, args)
+    steps = {int(state["step"]) for state in optimizers[1].state.values()}
+    assert max(steps) < 200 and max(steps) % 4 == 0, "50 epochs are 200 steps"
