@@ -440,19 +440,19 @@ class Leader(nn.Module):
 
 
 def attention_overlay(frame: np.ndarray, received: np.ndarray, layer: int) -> np.ndarray:
-    """Colour a grey frame (84, 84) by the attention that each location of a layer receives, (n,).
+    """Colour a grey frame (84, 84) by the attention c that each location of a layer receives, (n,).
 
-    A location's colour lies on the centre of its receptive field. Red grows with c / (1 + c) for
-    attention c times the uniform one, so that the colours of two pictures can be compared.
+    c is 1 where uniform: there the frame shows as it is. It turns red by 1 - 1/c above and darker
+    below. A location's colour lies on the centre of its receptive field.
     """
     stride, offset = ((4, 2), (8, 6), (8, 14))[layer]  # pixels per location; margin of the first one
     size = round(len(received) ** 0.5)
-    heat = np.zeros(frame.shape, dtype=np.float32)
+    share = np.ones(frame.shape, dtype=np.float32)
     inside = slice(offset, offset + stride * size)
-    heat[inside, inside] = np.kron((received / (1 + received)).reshape(size, size), np.ones((stride, stride)))
-    grey = frame.astype(np.float32)
-    red, rest = grey + (255 - grey) * heat, grey * (1 - heat / 2)
-    return np.stack([red, rest, rest], axis=-1).astype(np.uint8)
+    share[inside, inside] = np.kron(received.reshape(size, size), np.ones((stride, stride)))
+    heat = 1 - 1 / share.clip(1)
+    grey = frame * share.clip(0.3, 1)
+    return np.stack([grey + (255 - grey) * heat, grey * (1 - heat / 2), grey * (1 - heat / 2)], -1).astype(np.uint8)
 
 
 # ==================================================================================================

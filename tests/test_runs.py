@@ -11,7 +11,7 @@ from conftest import ROOT, TWINS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import PatchEnvs
 
-SMALL = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "minibatch_size": 16, "eval_episodes": 0}
+SMALL = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "minibatch_size": 32, "eval_episodes": 0}
 
 
 def scalars(run_dir):
@@ -27,7 +27,7 @@ def scalars(run_dir):
 def test_learns_where_things_are(script, tmp_path, monkeypatch, shuffled):
     monkeypatch.setattr(script, "make_envs", lambda args: PatchEnvs(args.num_envs, shuffled))
     args = script.Args(
-        run_dir=str(tmp_path / "run"), total_timesteps=1024 if shuffled else 3072, num_steps=32,
+        run_dir=str(tmp_path / "run"), total_timesteps=512 if shuffled else 2048, num_steps=32,
         learning_rate=3e-4, gamma=0.5, eval_episodes=20,
     )  # fmt: skip
     evaluation = script.main(args)

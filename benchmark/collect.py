@@ -1,0 +1,53 @@
+"""Export finished runs to small files that can be committed: the return curve and the final evaluation.
+
+    python benchmark/collect.py runs/<run> ... --output benchmark/results/beamrider
+
+For each run: `<script>_<label>_seed<n>.csv` (agent_steps, seconds, episodic_return, episodic_length of each whole
+game played in training) and a .json beside it (args.json, the final evaluation, mean steps per second).
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@dataclass
+class Args:
+    runs: Annotated[list[Path], tyro.conf.Positional]
+    """run folders"""
+    output: Path = Path("benchmark/results/beamrider")
+    """folder of the exported files"""
+    label: str = "default"
+    """what tells these runs from others of the same script"""
+
+
+def main(args: Args) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    for run in args.runs:
+        record = json.loads((run / "args.json").read_text())
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        events.Reload()
+        returns, lengths = (events.Scalars(f"charts/episodic_{what}") for what in ("return", "length"))
+        speed = events.Scalars("charts/SPS")
+        start = speed[0].wall_time - speed[0].step / speed[0].value
+        evaluation = run / "evaluation.json"
+        record["trained_steps"] = speed[-1].step
+        record["steps_per_second"] = round(speed[-1].value, 1)
+        record["evaluation"] = json.loads(evaluation.read_text()) if evaluation.exists() else None
+        name = f"{Path(record['script']).stem}_{args.label}_seed{record['arguments']['seed']}"
+        with open(args.output / f"{name}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["agent_steps", "seconds", "episodic_return", "episodic_length"])
+            for score, length in zip(returns, lengths):
+                writer.writerow([score.step, round(score.wall_time - start), round(score.value), round(length.value)])
+        (args.output / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+        print(f"{name}: {len(returns)} games over {speed[-1].step} steps")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
