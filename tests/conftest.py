@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).parent))  # toy.py
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))  # patch_task.py
 
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, TWINS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toy import PatchEnvs
+from patch_task import PatchEnvs
 
 SMALL = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "minibatch_size": 32, "eval_episodes": 0}
 

@@ -1,0 +1,80 @@
+"""Where the paper leaves a choice, measure it: variants of SPRIG on the patch task (patch_task.py).
+
+    python benchmark/decisions.py
+
+Table 1's settings but for the rollout (8 x 32) and γ = 0.5 (each step is a problem of its own). A
+variant's score is the mean return of all games played in training, as a fraction of the optimum:
+it rewards learning fast as well as well. Chance is 0.25. Seeds 101-103 are used for nothing else.
+"""
+
+import csv
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from patch_task import PatchEnvs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+VARIANTS = {
+    "default": {},
+    "row 1: α on the cost": {"cooperation_weight": 0.3},
+    "row 2: l1 cost": {"perception_cost": "l1"},
+    "row 2: concentration cost": {"perception_cost": "concentration"},
+    "row 2: entropy cost, λ_c = 1": {"perception_cost_weight": 1.0},
+    "row 2: concentration cost, λ_c = 1": {"perception_cost": "concentration", "perception_cost_weight": 1.0},
+    "row 4: no residual, no ReLU": {"attention": "figure4"},
+    "row 4: no attention": {"attention": "none"},
+    "row 5: log-prob objective": {"leader_objective": "log-prob"},
+    "row 10: value gradient to the leader": {"leader_value_coef": 0.5},
+    "joint PPO loss, same networks": {"update": "joint"},
+    "paper literal": {"paper_literal": True},
+    "PPO, Nature CNN": None,
+}
+
+
+@dataclass
+class Args:
+    seeds: tuple[int, ...] = (101, 102, 103)
+    """tuning seeds"""
+    steps: int = 2048
+    """agent steps of each run"""
+    threads: int = 0
+    """CPU threads (0: all cores)"""
+    output: Path = Path("benchmark/results/decisions.csv")
+    """one row per run"""
+
+
+def score(variant: dict | None, seed: int, args: Args) -> float:
+    import ppo_atari_baseline
+    import sprig_atari
+
+    script = ppo_atari_baseline if variant is None else sprig_atari
+    script.make_envs = lambda script_args: PatchEnvs(script_args.num_envs)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"num_steps": 32, "gamma": 0.5, "eval_episodes": 0, "device": "cpu", "threads": args.threads}
+        settings |= {"seed": seed, "total_timesteps": args.steps, "run_dir": f"{folder}/run"}
+        script.main(script.Args(**settings, **(variant or {})))
+        events = EventAccumulator(f"{folder}/run", size_guidance={"scalars": 0})
+        events.Reload()
+        return statistics.mean(e.value for e in events.Scalars("charts/episodic_return")) / PatchEnvs.optimum
+
+
+def main(args: Args) -> None:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.output, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["variant", "seed", "steps", "score"])
+        for name, variant in VARIANTS.items():
+            scores = [score(variant, seed, args) for seed in args.seeds]
+            writer.writerows([name, seed, args.steps, f"{x:.4f}"] for seed, x in zip(args.seeds, scores))
+            file.flush()
+            print(f"| {name} | {' | '.join(f'{x:.2f}' for x in scores)} | {statistics.mean(scores):.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    main(tyro.cli(Args, description=__doc__))
