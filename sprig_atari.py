@@ -610,6 +610,7 @@ def perception_cost(attention: list[torch.Tensor], kind: str) -> torch.Tensor:
     costs = []
     for weights in attention:
         n = weights.shape[-1]
+        # DEVIATION: row 2, costs with a gradient beside the printed norm, which has none
         if kind == "entropy":  # mean_i H(A_i) / log n: 1 for uniform rows, 0 for one-hot rows
             row_entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1)  # (B, r)
             cost = row_entropy.mean(-1) / max(math.log(n), 1e-30)

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 from conftest import ROOT, TWINS
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from patch_task import PatchEnvs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SMALL = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "minibatch_size": 32, "eval_episodes": 0}
 
