@@ -8,7 +8,6 @@ Figure 2; writes benchmark/results/beamrider.png.
 
 import csv
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +51,11 @@ def curve(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, window: int)
 
 def main(args: Args) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    print("| | seeds | agent steps | return, last 10 % of training, per seed | evaluation, per seed | steps/s |")
-    print("|-|-|-|-|-|-|")
+    print("| | seeds | agent steps | return, last 10 % of training, per seed | evaluation, per seed |")
+    print("|-|-|-|-|-|")
     longest = 0
     for arm, (name, colour) in ARMS.items():
-        curves, finals, evaluations, speeds, trained = [], [], [], [], set()
+        curves, finals, evaluations, trained = [], [], [], set()
         for path in sorted((args.results / "beamrider").glob(f"{arm}_seed*.csv")):
             steps, returns = read_games(path)
             record = json.loads(path.with_suffix(".json").read_text())
@@ -67,7 +66,6 @@ def main(args: Args) -> None:
             finals.append(returns[steps > (1 - args.final) * total].mean())
             result = record["evaluation"]
             evaluations.append(f"{result['mean']:.0f} ± {result['std']:.0f}" if result else "not run")
-            speeds.append(record["steps_per_second"])
             trained.add(total)
         if not curves:
             continue
@@ -77,8 +75,7 @@ def main(args: Args) -> None:
         longest = max(longest, *trained)
         finals = ", ".join(f"{x:.0f}" for x in finals)
         trained = " and ".join(f"{x:,}" for x in sorted(trained))
-        speed = f"{statistics.mean(speeds):.0f}"
-        print(f"| {name} | {len(curves)} | {trained} | {finals} | {', '.join(evaluations)} | {speed} |")
+        print(f"| {name} | {len(curves)} | {trained} | {finals} | {', '.join(evaluations)} |")
     with open(args.results / "figure2_beamrider.csv") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     steps = np.array([float(row["environment_interactions"]) for row in rows])
