@@ -28,6 +28,7 @@ import difflib
 import json
 import os
 import platform
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -148,6 +149,8 @@ def check_args(args: Args) -> Args:
         )
     if args.total_timesteps < rollout_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
+    if {"rollout": rollout_size, "minibatch": args.minibatch_size, "none": 2}[args.norm_adv] < 2:
+        fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; take more, or none")
     try:
         torch.empty(0, device=pick_device(args.device))
     except (RuntimeError, AssertionError) as error:
@@ -204,7 +207,7 @@ def env_protocol(args: Args) -> dict:
         "max_pool": True,
         "observation": "84x84 grey, 4 frames stacked",
         "noop_max": 30,
-        "fire_on_reset": True,
+        "fire_on_reset": True,  # of a game; after a lost life the agent presses FIRE itself
         "lost_life": "ends the learner's episode, not the game",
         "reward": "sign for the learner, raw in logs" if args.clip_rewards else "raw",
         "autoreset": "same step",
@@ -618,7 +621,12 @@ def main(args: Args) -> dict:
     num_iterations = args.total_timesteps // rollout_size
     recent_returns = deque(maxlen=20)
     global_step, start_time = 0, time.perf_counter()
-    progress = tqdm(total=num_iterations * rollout_size, unit="step", dynamic_ncols=True, disable=None)
+    progress = tqdm(
+        total=num_iterations * rollout_size,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 60,  # a log file gets a line a minute
+    )
     for iteration in range(num_iterations):
         if args.anneal_lr:
             for group in leader_optimizer.param_groups + follower_optimizer.param_groups:

@@ -32,6 +32,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -197,6 +198,8 @@ def check_args(args: Args) -> Args:
         )
     if args.total_timesteps < rollout_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
+    if {"rollout": rollout_size, "minibatch": args.minibatch_size, "none": 2}[args.norm_adv] < 2:
+        fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; take more, or none")
     try:
         torch.empty(0, device=pick_device(args.device))
     except (RuntimeError, AssertionError) as error:
@@ -253,7 +256,7 @@ def env_protocol(args: Args) -> dict:
         "max_pool": True,
         "observation": "84x84 grey, 4 frames stacked",
         "noop_max": 30,
-        "fire_on_reset": True,
+        "fire_on_reset": True,  # of a game; after a lost life the agent presses FIRE itself
         "lost_life": "ends the learner's episode, not the game",
         "reward": "sign for the learner, raw in logs" if args.clip_rewards else "raw",
         "autoreset": "same step",
@@ -637,13 +640,14 @@ def leader_loss(logits, values, cost, batch: Batch, args: Args):
         policy_term = (logprobs * batch.advantages).mean()  # line 10
     alpha = args.cooperation_weight
     # DEVIATION: row 1, α on the return as in Eq. (8); line 11 puts it on the cost
-    utility = alpha * policy_term - (1 - alpha) * args.perception_cost_weight * cost.mean()  # Eq. (8), (9)
+    mean_cost = cost.mean().to(logits.device)
+    utility = alpha * policy_term - (1 - alpha) * args.perception_cost_weight * mean_cost  # Eq. (8), (9)
     value_loss = ((values - batch.returns) ** 2).mean()
     loss = -utility + args.leader_value_coef * value_loss  # Eq. (10)
     info = {
         "leader/utility": utility.detach(),
         "leader/policy_term": policy_term.detach(),
-        "leader/perception_cost": cost.detach().mean(),
+        "leader/perception_cost": mean_cost.detach(),
     }
     return loss, info
 
@@ -924,7 +928,12 @@ def main(args: Args) -> dict:
     num_iterations = args.total_timesteps // rollout_size
     recent_returns = deque(maxlen=20)
     global_step, start_time = 0, time.perf_counter()
-    progress = tqdm(total=num_iterations * rollout_size, unit="step", dynamic_ncols=True, disable=None)
+    progress = tqdm(
+        total=num_iterations * rollout_size,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 60,  # a log file gets a line a minute
+    )
     for iteration in range(num_iterations):
         if args.anneal_lr:
             for group in leader_optimizer.param_groups + follower_optimizer.param_groups:

@@ -99,6 +99,7 @@ BAD = {
     "nan": ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
     "gamma": ({"gamma": 1.5}, "--gamma must lie in"),
     "too short": ({"total_timesteps": 2047}, "less than one rollout"),
+    "nothing to normalise over": ({"norm_adv": "minibatch", "minibatch_size": 1}, "cannot normalise over a single"),
     "no such device": ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
     "nonsense device": ({"device": "abacus"}, "--device abacus cannot be used"),
     "folder is a file": ({"run_dir": "/dev/null/run"}, "cannot be written"),
