@@ -22,14 +22,19 @@ This file names its encoder `Leader` and its heads `Follower`, as sprig_atari.py
 `diff -y ppo_atari_baseline.py sprig_atari.py` shows the algorithm and nothing else.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import difflib
+import io
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 import time
+import zipfile
 from collections import deque
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -75,6 +80,12 @@ class Args:
     """whole games played after training, on fresh seeds (0: none)"""
     eval_greedy: bool = False
     """take the most probable action in the evaluation instead of sampling it"""
+    checkpoint_interval: int = 500_000
+    """agent steps between checkpoints, at each of which the games restart (0: none but the first and the last)"""
+    resume: str = ""
+    """folder of a run to continue, with its own arguments"""
+    evaluate: str = ""
+    """folder of a run to evaluate instead of training"""
     track: bool = False
     """mirror the logs to Weights & Biases (needs `pip install wandb`)"""
 
@@ -129,7 +140,7 @@ def check_args(args: Args) -> Args:
     for name in ("num_envs", "num_steps", "minibatch_size", "update_epochs", "total_timesteps", "max_episode_steps"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    not_negative = ("seed", "threads", "eval_episodes", "ent_coef", "vf_coef")
+    not_negative = ("seed", "threads", "eval_episodes", "checkpoint_interval", "ent_coef", "vf_coef")
     for name in not_negative:
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
@@ -161,6 +172,33 @@ def check_args(args: Args) -> Args:
         except ImportError:
             fail("--track needs Weights & Biases: pip install wandb")
     return args
+
+
+# What may differ when a run is resumed: it changes how long and where, not what is learnt.
+MAY_CHANGE = {"total_timesteps", "run_dir", "device", "threads", "eval_episodes", "eval_greedy", "track"}
+
+
+def parse_args() -> Args:
+    """The command line; with --resume or --evaluate, the arguments of that run are the defaults."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume or args.evaluate:
+        saved = read_args(Path(args.resume or args.evaluate))
+        default = dataclasses.replace(saved, resume=args.resume, evaluate=args.evaluate)
+        args = tyro.cli(Args, description=__doc__, default=default)
+    return args
+
+
+def read_args(run_dir: Path) -> Args:
+    """The arguments that a run of this script was started with."""
+    try:
+        record = json.loads((run_dir / "args.json").read_text())
+        if record["script"] != Path(__file__).name:
+            fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
+        return Args(**record["arguments"])
+    except OSError as error:
+        fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{run_dir}/args.json is damaged or of another version: {error}")
 
 
 def keep_freed_memory() -> None:
@@ -472,6 +510,22 @@ def normalise(x: torch.Tensor) -> torch.Tensor:
     return (x - x.mean()) / (x.std() + 1e-8)
 
 
+def clip_gradients(loss: torch.Tensor, max_norm: float, **players: nn.Module) -> torch.Tensor:
+    """Scale the players' gradients down to `max_norm` in all. Returns their norm before.
+
+    Raises FloatingPointError, naming the first tensor that is not finite, before any harm is done.
+    """
+    parameters = {f"{player}.{n}": p for player, module in players.items() for n, p in module.named_parameters()}
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters.values()])
+    if not (loss + norm).isfinite():
+        tensors = {f"the parameter {name}": parameter for name, parameter in parameters.items()}
+        tensors |= {f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()}
+        culprit = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), "the loss")
+        raise FloatingPointError(f"{culprit} is not finite")
+    nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+    return norm
+
+
 def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
     """PPO: encoder and heads descend one loss under one norm clip. Two Adams of equal settings are one."""
     logits, values = follower(leader(minibatch.obs))
@@ -479,8 +533,7 @@ def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch
     leader_optimizer.zero_grad()
     follower_optimizer.zero_grad()
     loss.backward()
-    parameters = [*leader.parameters(), *follower.parameters()]
-    info["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    info["losses/grad_norm"] = clip_gradients(loss, args.max_grad_norm, leader=leader, follower=follower)
     leader_optimizer.step()
     follower_optimizer.step()
     return info
@@ -512,26 +565,42 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 PICTURE_INTERVAL = 100_000  # agent steps between two rounds of pictures
 
 
-def start_run(args: Args) -> tuple[Path, SummaryWriter]:
-    """Create the run's folder, write args.json, open TensorBoard (and Weights & Biases)."""
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or Path("runs") / name)
+def start_run(args: Args) -> Path:
+    """Create the run's folder, or check that `args.resume` is one that these arguments continue."""
+    if args.resume:
+        run_dir, saved = Path(args.resume), read_args(Path(args.resume))
+        for field in dataclasses.fields(Args):
+            old, new = getattr(saved, field.name), getattr(args, field.name)
+            if old != new and field.name not in MAY_CHANGE | {"resume", "evaluate"}:
+                flag = field.name.replace("_", "-")
+                fail(f"{run_dir} was trained with --{flag} {old}, not {new}; resume it without --{flag}")
+        args = dataclasses.replace(args, resume="")
+    else:
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+        run_dir = Path(args.run_dir or Path("runs") / name)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if any(run_dir.iterdir()):
+                fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
+        except OSError as error:
+            fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
+    write_atomically(run_dir / "args.json", (json.dumps(run_record(args), indent=2) + "\n").encode())
+    return run_dir
+
+
+def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
+    """Open TensorBoard (and Weights & Biases). Of a resumed run, points after `global_step` are purged."""
     record = run_record(args)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if any(run_dir.iterdir()):
-            fail(f"--run-dir {run_dir} is not empty; name a new folder, nothing is overwritten")
-        (run_dir / "args.json").write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
     if args.track:
         import wandb
 
-        wandb.init(project="sprig", name=run_dir.name, config=record, sync_tensorboard=True, save_code=True)
+        wandb.init(project="sprig", id=run_dir.name, resume="allow", config=record, sync_tensorboard=True)
+    if args.resume:
+        return SummaryWriter(run_dir, purge_step=global_step + 1)
     writer = SummaryWriter(run_dir)
     rows = {**record["arguments"], **record["protocol"], **record["versions"]}
     writer.add_text("hyperparameters", "|parameter|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in rows.items()))
-    return run_dir, writer
+    return writer
 
 
 def run_record(args: Args) -> dict:
@@ -590,9 +659,95 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
 # ==================================================================================================
 # Checkpoint
 # ==================================================================================================
-def save_model(path: Path, leader: Leader, follower: Follower) -> None:
-    """The trained weights: `torch.load(path, weights_only=True)` gives two state dicts."""
-    torch.save({"leader": leader.state_dict(), "follower": follower.state_dict()}, path)
+def write_atomically(path: Path, data: bytes) -> None:
+    """All or nothing: write to a name that no loader matches, sync, rename. Ends the run if that fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        fail(f"{path} cannot be written: {error.strerror}; what was saved before is untouched")
+
+
+def to_bytes(state: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def checkpoint_paths(run_dir: Path) -> list[Path]:
+    """Newest first."""
+    found = [path for path in run_dir.glob("checkpoint-*.pt") if path.stem.split("-")[1].isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem.split("-")[1]), reverse=True)
+
+
+def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
+    """Write checkpoint-<step>.pt: the state of all `parts`, `progress`, and the random state. Keeps the last two.
+
+    An emulator's state cannot be saved, so a checkpoint is a barrier for whoever runs on as for
+    whoever resumes: the caller restarts the games from a seed made of (seed, step).
+    """
+    state = {name: part.state_dict() for name, part in parts.items()} | {"progress": progress}
+    state["random"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    write_atomically(run_dir / f"checkpoint-{progress['global_step']}.pt", to_bytes(state))
+    for path in checkpoint_paths(run_dir)[2:]:
+        path.unlink()
+
+
+def load_checkpoint(run_dir: Path, parts: dict) -> dict:
+    """Put the newest readable checkpoint into `parts` and the random state. Returns its `progress`."""
+    for path in checkpoint_paths(run_dir):
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch writes check sums but does not read them
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} is damaged")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            random, progress = state["random"], state["progress"]
+        except Exception as error:  # whatever is wrong with this one, the one before may be good
+            print(f"warning: {path} cannot be read: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(random["cpu"])
+        if len(random["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(random["cuda"])
+        return progress
+    fail(f"{run_dir} holds no checkpoint that can be read; nothing was changed")
+
+
+def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
+    """The weights of a finished run (model.pt), or of the newest checkpoint of one that is not."""
+    players = {"leader": leader, "follower": follower}
+    if not (run_dir / "model.pt").exists():
+        load_checkpoint(run_dir, players)
+        return
+    try:
+        model = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
+        for name, player in players.items():
+            player.load_state_dict(model[name])
+    except Exception as error:
+        fail(f"{run_dir / 'model.pt'} cannot be read: {str(error).splitlines()[0]}")
+
+
+class StopSignal:
+    """SIGINT and SIGTERM: the first lets the iteration end and be saved, the second exits at once."""
+
+    def __init__(self):
+        self.requested = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = True
+        print("\nstopping after this iteration; once more to exit at once", file=sys.stderr)
 
 
 # ==================================================================================================
@@ -601,6 +756,8 @@ def save_model(path: Path, leader: Leader, follower: Follower) -> None:
 def main(args: Args) -> dict:
     """Train, evaluate, save. Returns the evaluation (empty with `--eval-episodes 0`)."""
     args = check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
     keep_freed_memory()
     device = pick_device(args.device)
     if args.threads:
@@ -613,21 +770,32 @@ def main(args: Args) -> dict:
         torch.optim.Adam(module.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         for module in (leader, follower)
     )
-    run_dir, writer = start_run(args)
+    run_dir = start_run(args)
+    parts = {"leader": leader, "follower": follower}
+    parts |= {"leader_optimizer": leader_optimizer, "follower_optimizer": follower_optimizer}
+    progress = {"global_step": 0, "recent_returns": [], "shown_obs": None}
+    if args.resume:
+        progress = load_checkpoint(run_dir, parts)
+    else:
+        save_checkpoint(run_dir, parts, progress)
+    writer = start_writer(run_dir, args, progress["global_step"])
+    stop = StopSignal()
 
     rollout = allocate_rollout(args, envs, device)
-    obs, _ = envs.reset(seed=env_seeds(args.seed, 0, 0, num_envs=args.num_envs))
     rollout_size = args.num_steps * args.num_envs
     num_iterations = args.total_timesteps // rollout_size
-    recent_returns = deque(maxlen=20)
-    global_step, start_time = 0, time.perf_counter()
-    progress = tqdm(
+    global_step, shown_obs = progress["global_step"], progress["shown_obs"]
+    recent_returns = deque(progress["recent_returns"], maxlen=20)
+    obs, _ = envs.reset(seed=env_seeds(args.seed, 0, global_step, num_envs=args.num_envs))
+    first_step, start_time = global_step, time.perf_counter()
+    bar = tqdm(
+        initial=global_step,
         total=num_iterations * rollout_size,
         unit="step",
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 60,  # a log file gets a line a minute
     )
-    for iteration in range(num_iterations):
+    for iteration in range(global_step // rollout_size, num_iterations):
         if args.anneal_lr:
             for group in leader_optimizer.param_groups + follower_optimizer.param_groups:
                 group["lr"] = args.learning_rate * (1 - iteration / num_iterations)
@@ -642,7 +810,10 @@ def main(args: Args) -> dict:
             advantages = normalise(advantages)
         columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
         batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
-        metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, args)
+        try:
+            metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, args)
+        except FloatingPointError as error:
+            fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {checkpoint_paths(run_dir)[0]}")
 
         for step, episodic_return, episodic_length in games:
             writer.add_scalar("charts/episodic_return", episodic_return, global_step + step)
@@ -651,32 +822,70 @@ def main(args: Args) -> dict:
         global_step += rollout_size
         metrics["losses/explained_variance"] = explained_variance(batch.values, batch.returns)
         metrics["charts/learning_rate"] = leader_optimizer.param_groups[0]["lr"]
-        metrics["charts/SPS"] = global_step / (time.perf_counter() - start_time)
+        metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, global_step)
-        if iteration == 0:
+        if shown_obs is None:
             shown_obs = rollout.obs[-1, :4].clone()  # the same four for the whole run
         if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
             for tag, picture in leader.pictures(shown_obs).items():
                 writer.add_image(tag, picture, global_step, dataformats="HWC")
-        progress.update(rollout_size)
+        bar.update(rollout_size)
         mean_return = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
-        progress.set_postfix_str(f"return {mean_return}, {metrics['charts/SPS']:.0f} steps/s")
-    progress.close()
-    envs.close()
+        bar.set_postfix_str(f"return {mean_return}, {metrics['charts/SPS']:.0f} steps/s")
 
-    save_model(run_dir / "model.pt", leader, follower)
+        due = args.checkpoint_interval and global_step % args.checkpoint_interval < rollout_size
+        if due or stop.requested or iteration + 1 == num_iterations:
+            writer.flush()  # no logged point may be lost that the checkpoint counts as done
+            progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
+            save_checkpoint(run_dir, parts, progress)
+            obs, _ = envs.reset(seed=env_seeds(args.seed, 0, global_step, num_envs=args.num_envs))
+        if stop.requested:
+            break
+    bar.close()
+    envs.close()
+    if stop.requested:
+        writer.close()
+        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        return {}
+
+    write_atomically(run_dir / "model.pt", to_bytes({"leader": leader.state_dict(), "follower": follower.state_dict()}))
     evaluation = {}
     if args.eval_episodes:
         evaluation = evaluate(leader, follower, args, device)
-        writer.add_scalar("eval/mean_return", evaluation["mean"], global_step)
-        writer.add_scalar("eval/std_return", evaluation["std"], global_step)
-        (run_dir / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
-        print(f"evaluation over {args.eval_episodes} games: {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
+        write_evaluation(run_dir, evaluation)
+        for statistic in ("mean", "std"):  # a step on, so that a resumed run purges and writes it anew
+            writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
     writer.close()
     print(f"run saved in {run_dir}")
     return evaluation
 
 
+def evaluate_run(args: Args) -> dict:
+    """`--evaluate`: play the agent of a saved run, by the protocol of the evaluation after training."""
+    run_dir = Path(args.evaluate)
+    changes = {name: getattr(args, name) for name in ("eval_episodes", "eval_greedy", "device", "threads", "evaluate")}
+    args = check_args(dataclasses.replace(read_args(run_dir), **changes))
+    if not args.eval_episodes:
+        fail("--evaluate needs at least one game: --eval-episodes")
+    device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    envs = make_envs(dataclasses.replace(args, num_envs=1))
+    leader = Leader(envs.single_observation_space, args)
+    follower = Follower(leader.num_features, envs.single_action_space)
+    envs.close()
+    load_agent(run_dir, leader, follower)
+    evaluation = evaluate(leader.to(device), follower.to(device), args, device)
+    write_evaluation(run_dir, evaluation)
+    return evaluation
+
+
+def write_evaluation(run_dir: Path, evaluation: dict) -> None:
+    write_atomically(run_dir / "evaluation.json", (json.dumps(evaluation, indent=2) + "\n").encode())
+    games, mean, std = len(evaluation["returns"]), evaluation["mean"], evaluation["std"]
+    print(f"evaluation over {games} games: {mean:.1f} ± {std:.1f}")
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args())

@@ -2,31 +2,28 @@
 
     python benchmark/speed.py
 
-Each round trains each of the three for `steps` agent steps on BeamRider, so that a machine whose speed drifts
-slows all of them; ratios are taken within a round and their median reported. stable-baselines3 plays through
-its own Atari wrappers (8 environments in one process, its default).
+Each round trains each of the three for `steps` agent steps on BeamRider, in a process of its own, so that a
+machine whose speed drifts slows all of them; ratios are taken within a round and their median reported.
+Start-up is not counted. stable-baselines3 plays through its own Atari wrappers (8 environments in one process,
+its default).
 """
 
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 import tyro
-from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_atari_env
-from stable_baselines3.common.vec_env import VecFrameStack
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import ppo_atari_baseline
-import sprig_atari
+CONTESTANTS = ("stable-baselines3", "ppo_atari_baseline.py", "sprig_atari.py")
 
 
 @dataclass
@@ -35,19 +32,27 @@ class Args:
     """rounds; each trains every contestant once"""
     steps: int = 4096
     """agent steps per contestant and round"""
-    threads: int = 0
-    """CPU threads of the networks and of the emulator (0: all cores)"""
+    threads: int = 2
+    """CPU threads of the networks and of the emulator"""
     output: Path = Path("benchmark/results/speed.md")
     """the table, in Markdown"""
+    contestant: Literal["all", "stable-baselines3", "ppo_atari_baseline.py", "sprig_atari.py"] = "all"
+    """run this one once in this process and print its steps per second"""
 
 
-def stable_baselines3(args: Args):
-    """A function that trains for `args.steps` and returns steps per second."""
-    envs = VecFrameStack(make_atari_env("BeamRiderNoFrameskip-v4", n_envs=8, seed=0), 4)
+def stable_baselines3(args: Args) -> float:
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    import ppo_atari_baseline
+
+    torch.set_num_threads(args.threads)
     table1 = ppo_atari_baseline.Args()
     model = PPO(
         "CnnPolicy",
-        envs,
+        VecFrameStack(make_atari_env("BeamRiderNoFrameskip-v4", n_envs=table1.num_envs, seed=0), 4),
         n_steps=table1.num_steps,
         batch_size=table1.minibatch_size,
         n_epochs=table1.update_epochs,
@@ -56,58 +61,54 @@ def stable_baselines3(args: Args):
         vf_coef=table1.vf_coef,
         device="cpu",
     )
-
-    def run() -> float:
-        start = time.perf_counter()
-        model.learn(args.steps, reset_num_timesteps=False)
-        return args.steps / (time.perf_counter() - start)
-
-    return run
+    start = time.perf_counter()
+    model.learn(args.steps)
+    return args.steps / (time.perf_counter() - start)
 
 
-def ours(script, args: Args):
-    """The same for one of our scripts, through its `main`."""
+def ours(name: str, args: Args) -> float:
+    import importlib
 
-    def run() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            run_dir = f"{folder}/run"
-            script.main(
-                script.Args(
-                    run_dir=run_dir, device="cpu", threads=args.threads, total_timesteps=args.steps, eval_episodes=0
-                )
-            )
-            events = EventAccumulator(run_dir)
-            events.Reload()
-            return events.Scalars("charts/SPS")[-1].value
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return run
+    script = importlib.import_module(Path(name).stem)
+    settings = {"device": "cpu", "threads": args.threads, "total_timesteps": args.steps, "eval_episodes": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        script.main(script.Args(run_dir=f"{folder}/run", **settings))
+        events = EventAccumulator(f"{folder}/run")
+        events.Reload()
+        return events.Scalars("charts/SPS")[-1].value
+
+
+def measure(name: str, args: Args) -> float:
+    """Steps per second of one contestant, in a fresh process."""
+    command = [sys.executable, __file__, "--contestant", name]
+    command += ["--steps", str(args.steps), "--threads", str(args.threads)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
+    return float(output.split()[-1])
 
 
 def main(args: Args) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    contestants = {
-        "stable-baselines3 PPO": stable_baselines3(args),
-        "ppo_atari_baseline.py": ours(ppo_atari_baseline, args),
-        "sprig_atari.py": ours(sprig_atari, args),
-    }
-    speeds = {name: [] for name in contestants}
-    for round_number in range(args.rounds + 1):
-        for name, run in contestants.items():
-            speed = run()
-            if round_number:  # the first round warms up
-                speeds[name].append(speed)
+    if args.contestant != "all":
+        speed = stable_baselines3 if args.contestant == CONTESTANTS[0] else lambda a: ours(a.contestant, a)
+        print(speed(args))
+        return
+    speeds = {name: [] for name in CONTESTANTS}
+    for _ in range(args.rounds):
+        for name in CONTESTANTS:
+            speeds[name].append(measure(name, args))
+            print(f"{name}: {speeds[name][-1]:.0f} steps/s", file=sys.stderr)
     reference, ppo, sprig = speeds.values()
     ratios = {
-        "PPO over stable-baselines3 (steps per second)": [a / b for a, b in zip(ppo, reference)],
-        "SPRIG over PPO (time per step)": [a / b for a, b in zip(ppo, sprig)],
+        "PPO's steps per second over stable-baselines3's": [a / b for a, b in zip(ppo, reference)],
+        "SPRIG's time per step over PPO's": [a / b for a, b in zip(ppo, sprig)],
     }
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "ale-py", "gymnasium", "stable-baselines3"))
     lines = [
-        f"`python benchmark/speed.py --rounds {args.rounds} --steps {args.steps} --threads {args.threads}`: "
-        f"{torch.get_num_threads()} threads, {platform.machine()} {cpu_model()}, Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("torch", "ale-py", "gymnasium", "stable-baselines3")),
+        f"`python benchmark/speed.py --rounds {args.rounds} --steps {args.steps} --threads {args.threads}` on "
+        f"{cpu_model()} ({platform.machine()}), Python {platform.python_version()}, {packages}.",
         "",
-        "| | median | lowest | highest |",
+        f"| | median of {args.rounds} | lowest | highest |",
         "|-|-|-|-|",
     ]
     for name, values in speeds.items():
