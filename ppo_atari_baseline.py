@@ -334,10 +334,10 @@ class Leader(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        x = torch.mul(obs, 1 / 255)  # (B, 4, 84, 84) float32
-        x = F.relu(self.conv1(x))  # (B, 32, 20, 20)
-        x = F.relu(self.conv2(x))  # (B, 64, 9, 9)
-        x = F.relu(self.conv3(x))  # (B, 64, 7, 7)
+        x = obs.float().mul_(1 / 255)  # (B, 4, 84, 84)
+        x = F.relu_(self.conv1(x))  # (B, 32, 20, 20)
+        x = F.relu_(self.conv2(x))  # (B, 64, 9, 9)
+        x = F.relu_(self.conv3(x))  # (B, 64, 7, 7)
         return x.flatten(1)  # (B, 3136)
 
     def pictures(self, obs: torch.Tensor) -> dict[str, np.ndarray]:

@@ -386,7 +386,7 @@ def attend(query, key, value, fused: bool = True) -> torch.Tensor:
 
 def attention_rows(query, key) -> torch.Tensor:
     """Attention weights: query (B, r, d), key (B, n, d) -> (B, r, n), rows sum to 1."""
-    return (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
+    return (query * query.shape[-1] ** -0.5 @ key.transpose(1, 2)).softmax(-1)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -451,7 +451,7 @@ class AttentionBlock(nn.Module):
         if num_rows is not None:
             drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]] if 0 < num_rows < n else query
             rows = attention_rows(drawn, key)  # (B, r, n)
-        return attended if self.gate is None else x + self.gate * attended, rows
+        return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
 
 
 class Leader(nn.Module):
@@ -473,12 +473,12 @@ class Leader(nn.Module):
             for k in range(3)
         )
         # DEVIATION: row 4, ReLU after LayerNorm: without it perception is linear but for attention
-        self.activation = nn.Identity() if args.attention == "figure4" else nn.ReLU()
+        self.activation = nn.Identity() if args.attention == "figure4" else nn.ReLU(inplace=True)
         self.num_features = channels[-1] * sizes[-1] ** 2
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: torch.Tensor, num_rows: int | None = None):
-        x = torch.mul(obs, 1 / 255)  # (B, 4, 84, 84) float32
+        x = obs.float().mul_(1 / 255)  # (B, 4, 84, 84)
         attention = []
         for conv, norm, block in zip(self.convs, self.norms, self.blocks):
             x = self.activation(norm(conv(x).permute(0, 2, 3, 1)))  # (B, H, W, C)
