@@ -883,7 +883,6 @@ def start_run(args: Args) -> Path:
             if old != new and field.name not in MAY_CHANGE | {"resume", "evaluate"}:
                 flag = field.name.replace("_", "-")
                 fail(f"{run_dir} was trained with --{flag} {old}, not {new}; resume it without --{flag}")
-        args = dataclasses.replace(args, resume="")
     else:
         name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
         run_dir = Path(args.run_dir or Path("runs") / name)
@@ -893,7 +892,7 @@ def start_run(args: Args) -> Path:
                 fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
         except OSError as error:
             fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
-    write_atomically(run_dir / "args.json", (json.dumps(run_record(args), indent=2) + "\n").encode())
+        write_json(run_dir / "args.json", run_record(args))
     return run_dir
 
 
@@ -905,6 +904,7 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
 
         wandb.init(project="sprig", id=run_dir.name, resume="allow", config=record, sync_tensorboard=True)
     if args.resume:
+        write_json(run_dir / "args.json", record)  # the new total, device, ...
         return SummaryWriter(run_dir, purge_step=global_step + 1)
     writer = SummaryWriter(run_dir)
     rows = {**record["arguments"], **record["protocol"], **record["versions"]}
@@ -917,7 +917,7 @@ def run_record(args: Args) -> dict:
     packages = ("torch", "gymnasium", "ale-py", "numpy")
     return {
         "script": Path(__file__).name,
-        "arguments": dataclasses.asdict(args),
+        "arguments": dataclasses.asdict(args) | {"resume": ""},
         "protocol": env_protocol(args),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
@@ -983,10 +983,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         fail(f"{path} cannot be written: {error.strerror}; what was saved before is untouched")
 
 
-def to_bytes(state: dict) -> bytes:
+def write_json(path: Path, record: dict) -> None:
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def write_state(path: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getvalue()
+    write_atomically(path, buffer.getvalue())
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
@@ -1003,7 +1007,7 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     """
     state = {name: part.state_dict() for name, part in parts.items()} | {"progress": progress}
     state["random"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    write_atomically(run_dir / f"checkpoint-{progress['global_step']}.pt", to_bytes(state))
+    write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
     for path in checkpoint_paths(run_dir)[2:]:
         path.unlink()
 
@@ -1043,14 +1047,43 @@ def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
         fail(f"{run_dir / 'model.pt'} cannot be read: {str(error).splitlines()[0]}")
 
 
+def evaluate_run(args: Args) -> dict:
+    """`--evaluate`: play the agent of a saved run, by the protocol of the evaluation after training."""
+    run_dir = Path(args.evaluate)
+    changes = {name: getattr(args, name) for name in ("eval_episodes", "eval_greedy", "device", "threads", "evaluate")}
+    args = check_args(dataclasses.replace(read_args(run_dir), **changes))
+    if not args.eval_episodes:
+        fail("--evaluate needs at least one game: --eval-episodes")
+    device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    envs = make_envs(dataclasses.replace(args, num_envs=1))
+    leader = Leader(envs.single_observation_space, args)
+    follower = Follower(leader.num_features, envs.single_action_space)
+    envs.close()
+    load_agent(run_dir, leader, follower)
+    evaluation = evaluate(leader.to(device), follower.to(device), args, device)
+    report_evaluation(run_dir, evaluation)
+    return evaluation
+
+
+def report_evaluation(run_dir: Path, evaluation: dict) -> None:
+    write_json(run_dir / "evaluation.json", evaluation)
+    games, mean, std = len(evaluation["returns"]), evaluation["mean"], evaluation["std"]
+    print(f"evaluation over {games} games: {mean:.1f} ± {std:.1f}")
+
+
 class StopSignal:
     """SIGINT and SIGTERM: the first lets the iteration end and be saved, the second exits at once."""
 
     def __init__(self):
-        self.requested = False
+        self.requested, self.previous = False, {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.handle)
+            self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def handle(self, number, frame):
         if self.requested:
@@ -1153,47 +1186,22 @@ def main(args: Args) -> dict:
             break
     bar.close()
     envs.close()
+    stop.restore()
     if stop.requested:
         writer.close()
         print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
         return {}
 
-    write_atomically(run_dir / "model.pt", to_bytes({"leader": leader.state_dict(), "follower": follower.state_dict()}))
+    write_state(run_dir / "model.pt", {"leader": leader.state_dict(), "follower": follower.state_dict()})
     evaluation = {}
     if args.eval_episodes:
         evaluation = evaluate(leader, follower, args, device)
-        write_evaluation(run_dir, evaluation)
+        report_evaluation(run_dir, evaluation)
         for statistic in ("mean", "std"):  # a step on, so that a resumed run purges and writes it anew
             writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
     writer.close()
     print(f"run saved in {run_dir}")
     return evaluation
-
-
-def evaluate_run(args: Args) -> dict:
-    """`--evaluate`: play the agent of a saved run, by the protocol of the evaluation after training."""
-    run_dir = Path(args.evaluate)
-    changes = {name: getattr(args, name) for name in ("eval_episodes", "eval_greedy", "device", "threads", "evaluate")}
-    args = check_args(dataclasses.replace(read_args(run_dir), **changes))
-    if not args.eval_episodes:
-        fail("--evaluate needs at least one game: --eval-episodes")
-    device = pick_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    envs = make_envs(dataclasses.replace(args, num_envs=1))
-    leader = Leader(envs.single_observation_space, args)
-    follower = Follower(leader.num_features, envs.single_action_space)
-    envs.close()
-    load_agent(run_dir, leader, follower)
-    evaluation = evaluate(leader.to(device), follower.to(device), args, device)
-    write_evaluation(run_dir, evaluation)
-    return evaluation
-
-
-def write_evaluation(run_dir: Path, evaluation: dict) -> None:
-    write_atomically(run_dir / "evaluation.json", (json.dumps(evaluation, indent=2) + "\n").encode())
-    games, mean, std = len(evaluation["returns"]), evaluation["mean"], evaluation["std"]
-    print(f"evaluation over {games} games: {mean:.1f} ± {std:.1f}")
 
 
 if __name__ == "__main__":
