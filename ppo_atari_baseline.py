@@ -49,6 +49,7 @@ import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -132,7 +133,7 @@ class Args:
 
 def fail(message: str):
     """A user's mistake: one line on stderr, exit code 1, no traceback."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error: {message}" if int(os.environ.get("RANK", 0)) == 0 else 1)
 
 
 def check_args(args: Args) -> Args:
@@ -158,6 +159,10 @@ def check_args(args: Args) -> Args:
             f"--minibatch-size {args.minibatch_size} does not divide the rollout of "
             f"{args.num_envs} environments x {args.num_steps} steps = {rollout_size}"
         )
+    for name in ("num_envs", "minibatch_size"):
+        if getattr(args, name) % int(os.environ.get("WORLD_SIZE", 1)):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            fail(f"{flag} cannot be split evenly over {os.environ['WORLD_SIZE']} processes")
     if args.total_timesteps < rollout_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
     if {"rollout": rollout_size, "minibatch": args.minibatch_size, "none": 2}[args.norm_adv] < 2:
@@ -212,7 +217,34 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch.device(name)
+
+
+def processes() -> tuple[int, int]:
+    """(rank, number) of the processes that train together: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(mine) -> list:
+    """What each process holds, in the order of ranks."""
+    everyone = [mine] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def average(tensors: list[torch.Tensor]) -> None:
+    """Replace tensors by their means over all processes; one process alone has them already."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= processes()[1]
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
 
 
 # ==================================================================================================
@@ -312,6 +344,13 @@ def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
     return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
 
 
+def restart(envs: gym.vector.VectorEnv, args: Args, global_step: int) -> np.ndarray:
+    """Start this process's games anew, from seeds made of (seed, step), and return their observations."""
+    seeds = env_seeds(args.seed, 0, global_step, num_envs=args.num_envs)  # stream 0: training
+    first = processes()[0] * envs.num_envs
+    return envs.reset(seed=seeds[first : first + envs.num_envs])[0]
+
+
 # ==================================================================================================
 # Leader
 # ==================================================================================================
@@ -396,8 +435,8 @@ def collect_rollout(
 ) -> tuple[np.ndarray, list[tuple[int, float, int]]]:
     """Play T steps from `obs` (N, ...) with the current policy and fill `rollout` in place.
 
-    Returns the observations to go on from, and for each game that ended (agent steps into the
-    rollout, raw return, length).
+    Returns the observations to go on from, and for each game that ended (steps of its environment
+    into the rollout, raw return, length).
     """
     num_steps, num_envs = rollout.rewards.shape
     rewards, terminations, dones = (np.zeros((num_steps, num_envs), dtype=np.float32) for _ in range(3))
@@ -417,7 +456,7 @@ def collect_rollout(
             cuts.append((t, torch.from_numpy(cut), follower(leader(final_obs))[1]))
         if "_episode" in info:
             for row in np.flatnonzero(info["_episode"]):
-                games.append(((t + 1) * num_envs, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
+                games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
 
     rollout.next_values[:-1] = rollout.values[1:]
     rollout.next_values[-1] = follower(leader(torch.from_numpy(obs).to(rollout.obs.device)))[1]
@@ -507,15 +546,18 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
-    return (x - x.mean()) / (x.std() + 1e-8)
+    """Zero mean and unit variance, over the values of all processes."""
+    everything = torch.cat([values.to(x.device) for values in gather(x.cpu())]) if dist.is_initialized() else x
+    return (x - everything.mean()) / (everything.std() + 1e-8)
 
 
 def clip_gradients(loss: torch.Tensor, max_norm: float, **players: nn.Module) -> torch.Tensor:
-    """Scale the players' gradients down to `max_norm` in all. Returns their norm before.
+    """Average the players' gradients over processes, scale them down to `max_norm`. Returns their norm before.
 
     Raises FloatingPointError, naming the first tensor that is not finite, before any harm is done.
     """
     parameters = {f"{player}.{n}": p for player, module in players.items() for n, p in module.named_parameters()}
+    average([parameter.grad for parameter in parameters.values()])
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters.values()])
     if not (loss + norm).isfinite():
         tensors = {f"the parameter {name}": parameter for name, parameter in parameters.items()}
@@ -554,8 +596,9 @@ def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimi
 
 
 def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Means over minibatches, fetched from the device at once."""
+    """Means over minibatches (and processes), fetched from the device at once."""
     table = torch.stack([torch.stack(list(info.values())) for info in history])
+    average([table])
     return dict(zip(history[0], table.mean(0).tolist()))
 
 
@@ -568,15 +611,16 @@ PICTURE_INTERVAL = 100_000  # agent steps between two rounds of pictures
 def start_run(args: Args) -> Path:
     """Create the run's folder, or check that `args.resume` is one that these arguments continue."""
     if args.resume:
-        run_dir, saved = Path(args.resume), read_args(Path(args.resume))
+        saved = read_args(Path(args.resume))
         for field in dataclasses.fields(Args):
             old, new = getattr(saved, field.name), getattr(args, field.name)
             if old != new and field.name not in MAY_CHANGE | {"resume", "evaluate"}:
                 flag = field.name.replace("_", "-")
-                fail(f"{run_dir} was trained with --{flag} {old}, not {new}; resume it without --{flag}")
-    else:
-        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-        run_dir = Path(args.run_dir or Path("runs") / name)
+                fail(f"{args.resume} was trained with --{flag} {old}, not {new}; resume it without --{flag}")
+        return Path(args.resume)
+    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    run_dir = gather(Path(args.run_dir or Path("runs") / name))[0]
+    if processes()[0] == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
@@ -612,6 +656,16 @@ def run_record(args: Args) -> dict:
         "protocol": env_protocol(args),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+
+
+def log_iteration(writer: SummaryWriter, metrics: dict, games: list, global_step: int, args: Args) -> None:
+    """Write the metrics of the iteration that ends at `global_step`, and its games where they ended."""
+    for t, episodic_return, episodic_length in games:
+        step = global_step - (args.num_steps - t) * args.num_envs
+        writer.add_scalar("charts/episodic_return", episodic_return, step)
+        writer.add_scalar("charts/episodic_length", episodic_length, step)
+    for tag, value in metrics.items():
+        writer.add_scalar(tag, value, global_step)
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
@@ -697,31 +751,39 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     whoever resumes: the caller restarts the games from a seed made of (seed, step).
     """
     state = {name: part.state_dict() for name, part in parts.items()} | {"progress": progress}
-    state["random"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
-    for path in checkpoint_paths(run_dir)[2:]:
-        path.unlink()
+    state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()})
+    if processes()[0] == 0:
+        write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
+        for path in checkpoint_paths(run_dir)[2:]:
+            path.unlink()
 
 
 def load_checkpoint(run_dir: Path, parts: dict) -> dict:
-    """Put the newest readable checkpoint into `parts` and the random state. Returns its `progress`."""
+    """Put the newest readable checkpoint into `parts`. Returns all that it holds."""
     for path in checkpoint_paths(run_dir):
         try:
             with zipfile.ZipFile(path) as archive:  # torch writes check sums but does not read them
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is damaged")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            random, progress = state["random"], state["progress"]
+            state["progress"], state["random"]
         except Exception as error:  # whatever is wrong with this one, the one before may be good
             print(f"warning: {path} cannot be read: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(random["cpu"])
-        if len(random["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(random["cuda"])
-        return progress
+        return state
     fail(f"{run_dir} holds no checkpoint that can be read; nothing was changed")
+
+
+def restore_random_state(states: list[dict]) -> None:
+    """Go on with the random numbers of the process that had this rank."""
+    rank, num_processes = processes()
+    if len(states) != num_processes:
+        fail(f"that run was trained by {len(states)} process(es), not {num_processes}; resume it with as many")
+    torch.set_rng_state(states[rank]["cpu"])
+    if len(states[rank]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states[rank]["cuda"])
 
 
 def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
@@ -795,38 +857,51 @@ def main(args: Args) -> dict:
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:  # torchrun: the games and each minibatch are split over its processes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, num_processes = processes()
+    share = {name: getattr(args, name) // num_processes for name in ("num_envs", "minibatch_size")}
+    my_args = dataclasses.replace(args, **share)
+
     torch.manual_seed(args.seed)
-    envs = make_envs(args)
+    envs = make_envs(my_args)
     leader = Leader(envs.single_observation_space, args).to(device)
     follower = Follower(leader.num_features, envs.single_action_space).to(device)
     leader_optimizer, follower_optimizer = (
         torch.optim.Adam(module.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         for module in (leader, follower)
     )
+    if rank:
+        torch.manual_seed(args.seed + (rank << 32))  # the same networks everywhere, other actions
     run_dir = start_run(args)
     parts = {"leader": leader, "follower": follower}
     parts |= {"leader_optimizer": leader_optimizer, "follower_optimizer": follower_optimizer}
     progress = {"global_step": 0, "recent_returns": [], "shown_obs": None}
     if args.resume:
-        progress = load_checkpoint(run_dir, parts)
+        state = load_checkpoint(run_dir, parts)
+        restore_random_state(state["random"])
+        progress = state["progress"]
     else:
         save_checkpoint(run_dir, parts, progress)
-    writer = start_writer(run_dir, args, progress["global_step"])
+    writer = start_writer(run_dir, args, progress["global_step"]) if rank == 0 else None
     stop = StopSignal()
 
-    rollout = allocate_rollout(args, envs, device)
+    rollout = allocate_rollout(my_args, envs, device)
     rollout_size = args.num_steps * args.num_envs
     num_iterations = args.total_timesteps // rollout_size
     global_step, shown_obs = progress["global_step"], progress["shown_obs"]
     recent_returns = deque(progress["recent_returns"], maxlen=20)
-    obs, _ = envs.reset(seed=env_seeds(args.seed, 0, global_step, num_envs=args.num_envs))
-    first_step, start_time = global_step, time.perf_counter()
+    obs = restart(envs, args, global_step)
+    first_step, start_time, stopping = global_step, time.perf_counter(), False
     bar = tqdm(
         initial=global_step,
         total=num_iterations * rollout_size,
         unit="step",
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 60,  # a log file gets a line a minute
+        disable=rank > 0,
     )
     for iteration in range(global_step // rollout_size, num_iterations):
         if args.anneal_lr:
@@ -844,41 +919,45 @@ def main(args: Args) -> dict:
         columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
         batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
         try:
-            metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, args)
+            metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
         except FloatingPointError as error:
             fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {checkpoint_paths(run_dir)[0]}")
 
-        for step, episodic_return, episodic_length in games:
-            writer.add_scalar("charts/episodic_return", episodic_return, global_step + step)
-            writer.add_scalar("charts/episodic_length", episodic_length, global_step + step)
-            recent_returns.append(episodic_return)
         global_step += rollout_size
-        metrics["losses/explained_variance"] = explained_variance(batch.values, batch.returns)
+        games = sorted(game for mine in gather(games) for game in mine)
+        recent_returns.extend(episodic_return for _, episodic_return, _ in games)
+        metrics["losses/explained_variance"] = np.mean(gather(explained_variance(batch.values, batch.returns)))
         metrics["charts/learning_rate"] = leader_optimizer.param_groups[0]["lr"]
         metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, global_step)
         if shown_obs is None:
-            shown_obs = rollout.obs[-1, :4].clone()  # the same four for the whole run
-        if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
-            for tag, picture in leader.pictures(shown_obs).items():
-                writer.add_image(tag, picture, global_step, dataformats="HWC")
-        bar.update(rollout_size)
+            shown_obs = rollout.obs[-1, :4].clone()  # the same few for the whole run
+        if rank == 0:
+            log_iteration(writer, metrics, games, global_step, args)
+            if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
+                for tag, picture in leader.pictures(shown_obs).items():
+                    writer.add_image(tag, picture, global_step, dataformats="HWC")
         mean_return = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
-        bar.set_postfix_str(f"return {mean_return}, {metrics['charts/SPS']:.0f} steps/s")
+        bar.set_postfix_str(f"return {mean_return}, {metrics['charts/SPS']:.0f} steps/s", refresh=False)
+        bar.update(rollout_size)
 
+        stopping = any(gather(stop.requested))
         due = args.checkpoint_interval and global_step % args.checkpoint_interval < rollout_size
-        if due or stop.requested or iteration + 1 == num_iterations:
-            writer.flush()  # no logged point may be lost that the checkpoint counts as done
+        if due or stopping or iteration + 1 == num_iterations:
+            if rank == 0:
+                writer.flush()  # no logged point may be lost that the checkpoint counts as done
             progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
             save_checkpoint(run_dir, parts, progress)
-            obs, _ = envs.reset(seed=env_seeds(args.seed, 0, global_step, num_envs=args.num_envs))
-        if stop.requested:
+            obs = restart(envs, args, global_step)
+        if stopping:
             break
     bar.close()
     envs.close()
     stop.restore()
-    if stop.requested:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank:
+        return {}  # the first process does the rest
+    if stopping:
         writer.close()
         print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
         return {}

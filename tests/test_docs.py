@@ -29,7 +29,8 @@ def test_documents_name_only_what_exists(document):
     code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
     for name in re.findall(r"`(\w+)`", text):
         assert re.search(rf"\b{name}\b", code), f"{document} names {name}"
-    flags = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", code, re.M)} | {"--help"}
+    flags = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", code, re.M)}
+    flags |= {"--help", "--nproc-per-node"}
     for flag in re.findall(r"(--[a-z][a-z-]+)", text):
         assert flag in flags or flag.replace("--no-", "--") in flags, f"{document} names {flag}"
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):

@@ -109,7 +109,7 @@ def test_rollout_bootstraps_from_the_true_final_observation(script):
     others = [t for t in range(23) if t != 19]
     assert torch.equal(rollout.next_values[others], rollout.values[[t + 1 for t in others]])
     assert rollout.dones[19].all() and not rollout.terminations.any() and rollout.dones.sum() == 2
-    assert [(step, length) for step, _, length in games] == [(40, 20), (40, 20)]
+    assert [(step, length) for step, _, length in games] == [(20, 20), (20, 20)]
 
 
 def test_rollout_marks_a_lost_life_as_terminated(script):

@@ -1,0 +1,95 @@
+"""Several processes under torchrun train as one would."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import ROOT, TWINS, build, random_batch
+from test_runs import scalars
+
+import ppo_atari_baseline
+import sprig_atari
+
+
+def one_update(script, settings, rank, num_processes):
+    """An update on this process's part of a batch that is the same everywhere. Returns weights and metrics."""
+    args = script.Args(minibatch_size=32 // num_processes, update_epochs=2, learning_rate=1e-4, **settings)
+    torch.set_num_threads(1)  # the order of sums, and so the rounding, depends on it
+    torch.manual_seed(5)
+    leader, follower, *optimizers = build(script, args)
+    batch = random_batch(script, leader, follower, 32)
+    mine = script.Batch(*(column.chunk(num_processes)[rank] for column in batch))
+    info = script.update(leader, follower, *optimizers, mine, args)
+    return [p.detach() for module in (leader, follower) for p in module.parameters()], info
+
+
+def one_process(rank, num_processes, name, settings, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_processes)
+    script = {"sprig_atari": sprig_atari, "ppo_atari_baseline": ppo_atari_baseline}[name]
+    torch.save(one_update(script, settings, rank, num_processes), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ppo_atari_baseline", {"norm_adv": "minibatch"}),
+        ("sprig_atari", {"cost_rows": 0, "perception_cost_weight": 0.1}),
+        ("sprig_atari", {"update": "joint"}),
+    ],
+    ids=["ppo", "sprig", "joint"],
+)
+def test_two_processes_update_like_one(name, settings, tmp_path):
+    threads = torch.get_num_threads()
+    expected, expected_info = one_update(TWINS[name], settings, 0, 1)
+    torch.set_num_threads(threads)
+    mp.spawn(one_process, args=(2, name, settings, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        weights, info = torch.load(tmp_path / f"{rank}.pt")
+        for a, b in zip(weights, expected):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        for tag in expected_info:
+            if "attention_entropy" not in tag:  # of one process's observations
+                assert info[tag] == pytest.approx(expected_info[tag], abs=1e-4), tag
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_torchrun_trains_and_resumes(name, tmp_path):
+    def run(*flags):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511"]
+        command = [*launcher, str(ROOT / f"{name}.py"), *flags]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    settings = {"num-envs": 4, "num-steps": 16, "minibatch-size": 16, "max-episode-steps": 20, "eval-episodes": 1}
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    first = run(*flags, f"--run-dir={tmp_path}/run", "--total-timesteps=128")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("evaluation over 1 games") == 1, "the first process alone reports"
+    assert len(scalars(tmp_path / "run")["charts/episodic_return"]) == 4, "the games of both processes are logged"
+    again = run(f"--resume={tmp_path}/run", "--total-timesteps=192")
+    assert again.returncode == 0, again.stderr
+    assert [step for step, _ in scalars(tmp_path / "run")["losses/entropy"]] == [64, 128, 192]
+    alone = [sys.executable, str(ROOT / f"{name}.py"), f"--resume={tmp_path}/run", "--total-timesteps=256"]
+    refused = subprocess.run(alone, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1 and "trained by 2 process(es), not 1" in refused.stderr
+
+
+def test_games_are_split_without_overlap(script):
+    seeds = script.env_seeds(1, 0, 0, num_envs=8)
+    played = []
+    for rank in range(2):
+
+        class Envs:
+            num_envs = 4
+
+            def reset(self, seed):
+                played.extend(seed)
+                return None, {}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "processes", lambda rank=rank: (rank, 2))
+            script.restart(Envs(), script.Args(), 0)
+    assert played == seeds.tolist()
