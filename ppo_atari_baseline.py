@@ -27,6 +27,7 @@ import ctypes
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import os
 import platform
@@ -41,9 +42,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# Idle threads of the networks spin until their next task; this soon sends them to sleep, so that they
-# leave the cores to the emulator's threads. It is read once, when torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__":  # before torch is loaded: idle threads shall soon leave the cores to the emulator's
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import ale_py
 import gymnasium as gym
@@ -153,6 +153,10 @@ def check_args(args: Args) -> Args:
             fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
     if args.target_kl is not None and not args.target_kl > 0:
         fail(f"--target-kl must be positive, not {args.target_kl}")
+    if args.seed >= 2**32:
+        fail(f"--seed must be less than 2**32, not {args.seed}")
+    if args.resume and args.evaluate:
+        fail("--resume trains, --evaluate plays; give one of the two")
     rollout_size = args.num_envs * args.num_steps
     if rollout_size % args.minibatch_size:
         fail(
@@ -168,7 +172,8 @@ def check_args(args: Args) -> Args:
     if {"rollout": rollout_size, "minibatch": args.minibatch_size, "none": 2}[args.norm_adv] < 2:
         fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; take more, or none")
     try:
-        torch.empty(0, device=pick_device(args.device))
+        if torch.zeros(1, device=pick_device(args.device)).device.type not in ("cpu", "cuda", "mps"):
+            fail(f"--device {args.device} is not a CPU or a GPU")
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if args.track:
@@ -180,7 +185,7 @@ def check_args(args: Args) -> Args:
 
 
 # What may differ when a run is resumed: it changes how long and where, not what is learnt.
-MAY_CHANGE = {"total_timesteps", "run_dir", "device", "threads", "eval_episodes", "eval_greedy", "track"}
+MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_greedy", "track", "resume", "evaluate"}
 
 
 def parse_args() -> Args:
@@ -204,6 +209,16 @@ def read_args(run_dir: Path) -> Args:
         fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")
     except (ValueError, KeyError, TypeError) as error:
         fail(f"{run_dir}/args.json is damaged or of another version: {error}")
+
+
+def refuse_changes(run_dir: Path, args: Args) -> None:
+    """A saved run goes on, and is evaluated, with the arguments that it was trained with."""
+    saved = read_args(run_dir)
+    for field in dataclasses.fields(Args):
+        old, new = getattr(saved, field.name), getattr(args, field.name)
+        if old != new and field.name not in MAY_CHANGE:
+            flag = field.name.replace("_", "-")
+            fail(f"{run_dir} was trained with --{flag} {old}, not {new}; leave out --{flag}")
 
 
 def keep_freed_memory() -> None:
@@ -340,7 +355,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
-    """(N,) seeds that no other (seed, stream) shares; consecutive integers would overlap between runs."""
+    """(N,) seeds that hardly another (seed, stream) shares; consecutive integers would overlap between runs."""
     return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
 
 
@@ -378,6 +393,10 @@ class Leader(nn.Module):
         x = F.relu_(self.conv2(x))  # (B, 64, 9, 9)
         x = F.relu_(self.conv3(x))  # (B, 64, 7, 7)
         return x.flatten(1)  # (B, 3136)
+
+    def attention_received(self, obs: torch.Tensor) -> list[torch.Tensor]:
+        """Of each attention layer, the attention that each location receives: there is none here."""
+        return []
 
     def pictures(self, obs: torch.Tensor) -> dict[str, np.ndarray]:
         """Tag -> RGB image (H, W, 3) uint8 to log; a plain CNN has nothing to show."""
@@ -560,12 +579,26 @@ def clip_gradients(loss: torch.Tensor, max_norm: float, **players: nn.Module) ->
     average([parameter.grad for parameter in parameters.values()])
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters.values()])
     if not (loss + norm).isfinite():
-        tensors = {f"the parameter {name}": parameter for name, parameter in parameters.items()}
-        tensors |= {f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()}
-        culprit = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), "the loss")
-        raise FloatingPointError(f"{culprit} is not finite")
+        require_finite({f"the parameter {name}": parameter for name, parameter in parameters.items()})
+        require_finite({f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()})
+        require_finite({"the loss": loss, "the gradient's norm": norm})
     nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
     return norm
+
+
+def require_finite(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite")
+
+
+@torch.no_grad()
+def check_agent(leader: Leader, follower: Follower, obs: torch.Tensor) -> None:
+    """Raises FloatingPointError if an update has left an agent that cannot act or must not be saved."""
+    players = {"leader": leader, "follower": follower}
+    require_finite({f"the parameter {name}.{n}": p for name in players for n, p in players[name].named_parameters()})
+    logits, values = follower(leader(obs))
+    require_finite({"the policy": logits, "the value": values})
 
 
 def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
@@ -592,6 +625,7 @@ def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimi
         history += epoch
         if args.target_kl is not None and mean_info(epoch)["losses/approx_kl"] > args.target_kl:
             break
+    check_agent(leader, follower, minibatch.obs)
     return mean_info(history)
 
 
@@ -611,12 +645,7 @@ PICTURE_INTERVAL = 100_000  # agent steps between two rounds of pictures
 def start_run(args: Args) -> Path:
     """Create the run's folder, or check that `args.resume` is one that these arguments continue."""
     if args.resume:
-        saved = read_args(Path(args.resume))
-        for field in dataclasses.fields(Args):
-            old, new = getattr(saved, field.name), getattr(args, field.name)
-            if old != new and field.name not in MAY_CHANGE | {"resume", "evaluate"}:
-                flag = field.name.replace("_", "-")
-                fail(f"{args.resume} was trained with --{flag} {old}, not {new}; resume it without --{flag}")
+        refuse_changes(Path(args.resume), args)
         return Path(args.resume)
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = gather(Path(args.run_dir or Path("runs") / name))[0]
@@ -625,8 +654,8 @@ def start_run(args: Args) -> Path:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
-        except OSError as error:
-            fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
+        except (OSError, ValueError) as error:
+            fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
         write_json(run_dir / "args.json", run_record(args))
     return run_dir
 
@@ -634,17 +663,33 @@ def start_run(args: Args) -> Path:
 def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
     """Open TensorBoard (and Weights & Biases). Of a resumed run, points after `global_step` are purged."""
     record = run_record(args)
+    # The writer's thread hands its OSError to the main thread, which reports it (see `writing`).
+    threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
     if args.track:
         import wandb
 
-        wandb.init(project="sprig", id=run_dir.name, resume="allow", config=record, sync_tensorboard=True)
+        identity = "-".join(run_dir.resolve().parts[-3:])
+        wandb.init(project="sprig", id=identity, resume="allow", config=record, sync_tensorboard=True)
     if args.resume:
-        write_json(run_dir / "args.json", record)  # the new total, device, ...
+        before = json.loads((run_dir / "args.json").read_text())
+        if before["versions"] != record["versions"]:
+            print(f"warning: {run_dir} was trained with {before['versions']}: not to the bit the same", file=sys.stderr)
+        history = before.get("resumed", []) + [{"step": global_step, "versions_before": before["versions"]}]
+        write_json(run_dir / "args.json", record | {"resumed": history})  # the new total, device, ...
         return SummaryWriter(run_dir, purge_step=global_step + 1)
     writer = SummaryWriter(run_dir)
     rows = {**record["arguments"], **record["protocol"], **record["versions"]}
     writer.add_text("hyperparameters", "|parameter|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in rows.items()))
     return writer
+
+
+@contextlib.contextmanager
+def writing(run_dir: Path):
+    """A full disk or a removed folder ends the run with one line."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{run_dir} cannot be written: {error.strerror}; checkpoints that were saved before are untouched")
 
 
 def run_record(args: Args) -> dict:
@@ -722,6 +767,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, shall outlast a power cut
+        os.fsync(folder)
+        os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -740,8 +788,8 @@ def write_state(path: Path, state: dict) -> None:
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
     """Newest first."""
-    found = [path for path in run_dir.glob("checkpoint-*.pt") if path.stem.split("-")[1].isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem.split("-")[1]), reverse=True)
+    found = [path for path in run_dir.glob("checkpoint-*.pt") if path.stem.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")), reverse=True)
 
 
 def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
@@ -758,22 +806,30 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
             path.unlink()
 
 
+def read_state(path: Path, parts: dict) -> dict:
+    """Put what a file holds of `parts` into them. Raises whatever is wrong with the file."""
+    with zipfile.ZipFile(path) as archive:  # torch writes check sums but does not read them
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
+
+
 def load_checkpoint(run_dir: Path, parts: dict) -> dict:
     """Put the newest readable checkpoint into `parts`. Returns all that it holds."""
     for path in checkpoint_paths(run_dir):
         try:
-            with zipfile.ZipFile(path) as archive:  # torch writes check sums but does not read them
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} is damaged")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state["progress"], state["random"]
+            state = read_state(path, parts)
+            return {key: state[key] for key in ("progress", "random")}
         except Exception as error:  # whatever is wrong with this one, the one before may be good
-            print(f"warning: {path} cannot be read: {str(error).splitlines()[0]}", file=sys.stderr)
-            continue
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state
+            print(f"warning: {path} cannot be read: {first_line(error)}", file=sys.stderr)
     fail(f"{run_dir} holds no checkpoint that can be read; nothing was changed")
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def restore_random_state(states: list[dict]) -> None:
@@ -788,23 +844,27 @@ def restore_random_state(states: list[dict]) -> None:
 
 def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
     """The weights of a finished run (model.pt), or of the newest checkpoint of one that is not."""
-    players = {"leader": leader, "follower": follower}
-    if not (run_dir / "model.pt").exists():
+    players, path = {"leader": leader, "follower": follower}, run_dir / "model.pt"
+    if not path.exists():
         load_checkpoint(run_dir, players)
         return
     try:
-        model = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
-        for name, player in players.items():
-            player.load_state_dict(model[name])
+        read_state(path, players)
     except Exception as error:
-        fail(f"{run_dir / 'model.pt'} cannot be read: {str(error).splitlines()[0]}")
+        fail(f"{path} cannot be read: {first_line(error)}")
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file that is to be written anew, if it is there: evaluation.json becomes evaluation-1.json, -2, ..."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    if path.exists():
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def evaluate_run(args: Args) -> dict:
     """`--evaluate`: play the agent of a saved run, by the protocol of the evaluation after training."""
     run_dir = Path(args.evaluate)
-    changes = {name: getattr(args, name) for name in ("eval_episodes", "eval_greedy", "device", "threads", "evaluate")}
-    args = check_args(dataclasses.replace(read_args(run_dir), **changes))
+    refuse_changes(run_dir, args)
     if not args.eval_episodes:
         fail("--evaluate needs at least one game: --eval-episodes")
     device = pick_device(args.device)
@@ -821,16 +881,20 @@ def evaluate_run(args: Args) -> dict:
 
 
 def report_evaluation(run_dir: Path, evaluation: dict) -> None:
+    set_aside(run_dir / "evaluation.json")
     write_json(run_dir / "evaluation.json", evaluation)
     games, mean, std = len(evaluation["returns"]), evaluation["mean"], evaluation["std"]
     print(f"evaluation over {games} games: {mean:.1f} ± {std:.1f}")
 
 
 class StopSignal:
-    """SIGINT and SIGTERM: the first lets the iteration end and be saved, the second exits at once."""
+    """SIGINT and SIGTERM: the first lets the iteration end and be saved, the second exits at once.
+
+    While `interrupt` is set, when all is saved already, the first raises KeyboardInterrupt.
+    """
 
     def __init__(self):
-        self.requested, self.previous = False, {}
+        self.requested, self.interrupt, self.previous = False, False, {}
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -842,7 +906,10 @@ class StopSignal:
         if self.requested:
             os._exit(128 + number)
         self.requested = True
-        print("\nstopping after this iteration; once more to exit at once", file=sys.stderr)
+        if self.interrupt:
+            raise KeyboardInterrupt
+        with contextlib.suppress(OSError):  # print is not to be used here: the signal may fall into another print
+            os.write(2, b"\nstopping after this iteration; once more to exit at once\n")
 
 
 # ==================================================================================================
@@ -885,6 +952,9 @@ def main(args: Args) -> dict:
         progress = state["progress"]
     else:
         save_checkpoint(run_dir, parts, progress)
+    if rank == 0 and progress["global_step"] + args.num_steps * args.num_envs <= args.total_timesteps:
+        set_aside(run_dir / "model.pt")  # of the end that this run had before it was extended
+        set_aside(run_dir / "evaluation.json")
     writer = start_writer(run_dir, args, progress["global_step"]) if rank == 0 else None
     stop = StopSignal()
 
@@ -932,10 +1002,11 @@ def main(args: Args) -> dict:
         if shown_obs is None:
             shown_obs = rollout.obs[-1, :4].clone()  # the same few for the whole run
         if rank == 0:
-            log_iteration(writer, metrics, games, global_step, args)
-            if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
-                for tag, picture in leader.pictures(shown_obs).items():
-                    writer.add_image(tag, picture, global_step, dataformats="HWC")
+            with writing(run_dir):
+                log_iteration(writer, metrics, games, global_step, args)
+                if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
+                    for tag, picture in leader.pictures(shown_obs.to(device)).items():
+                        writer.add_image(tag, picture, global_step, dataformats="HWC")
         mean_return = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
         bar.set_postfix_str(f"return {mean_return}, {metrics['charts/SPS']:.0f} steps/s", refresh=False)
         bar.update(rollout_size)
@@ -944,7 +1015,8 @@ def main(args: Args) -> dict:
         due = args.checkpoint_interval and global_step % args.checkpoint_interval < rollout_size
         if due or stopping or iteration + 1 == num_iterations:
             if rank == 0:
-                writer.flush()  # no logged point may be lost that the checkpoint counts as done
+                with writing(run_dir):
+                    writer.flush()  # no logged point may be lost that the checkpoint counts as done
             progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
             save_checkpoint(run_dir, parts, progress)
             obs = restart(envs, args, global_step)
@@ -952,25 +1024,28 @@ def main(args: Args) -> dict:
             break
     bar.close()
     envs.close()
-    stop.restore()
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank:
         return {}  # the first process does the rest
-    if stopping:
-        writer.close()
-        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
-        return {}
 
-    write_state(run_dir / "model.pt", {"leader": leader.state_dict(), "follower": follower.state_dict()})
     evaluation = {}
-    if args.eval_episodes:
-        evaluation = evaluate(leader, follower, args, device)
-        report_evaluation(run_dir, evaluation)
-        for statistic in ("mean", "std"):  # a step on, so that a resumed run purges and writes it anew
-            writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
-    writer.close()
-    print(f"run saved in {run_dir}")
+    try:
+        stop.interrupt = True
+        if stopping:
+            raise KeyboardInterrupt
+        write_state(run_dir / "model.pt", {"leader": leader.state_dict(), "follower": follower.state_dict()})
+        if args.eval_episodes:
+            evaluation = evaluate(leader, follower, args, device)
+            report_evaluation(run_dir, evaluation)
+            for statistic in ("mean", "std"):  # a step on, so that a resumed run purges and writes it anew
+                writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
+        print(f"run saved in {run_dir}")
+    except KeyboardInterrupt:
+        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+    stop.restore()
+    with writing(run_dir):
+        writer.close()
     return evaluation
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 
+SCRIPTS = ("sprig_atari.py", "ppo_atari_baseline.py")
 PANEL = 130  # height of the panel below the pictures, in screen pixels
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
@@ -47,9 +48,11 @@ def load_run(run: Path):
     """(script, its arguments, leader, follower, one game) of a saved run."""
     try:
         name = json.loads((run / "args.json").read_text())["script"]
-        script = importlib.import_module(Path(name).stem)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"error: {run} is not the folder of a run: {error}") from None
+    if name not in SCRIPTS:
+        raise SystemExit(f"error: {run} is a run of {name}, which cannot be watched; {', '.join(SCRIPTS)} can")
+    script = importlib.import_module(Path(name).stem)
     args = dataclasses.replace(script.read_args(run), num_envs=1)
     envs = script.make_envs(args)
     leader = script.Leader(envs.single_observation_space, args)
@@ -66,11 +69,10 @@ def play(script, leader, follower, envs, args: Args):
     for _ in range(args.steps):
         with torch.inference_mode():
             seen = torch.from_numpy(obs)
-            features, attention = leader(seen, num_rows=0) if hasattr(leader, "blocks") else (leader(seen), [])
-            logits, value = follower(features)
+            received = [layer[0].numpy() for layer in leader.attention_received(seen)]
+            logits, value = follower(leader(seen))
             policy = script.action_distribution(logits)
             action = logits.argmax(-1) if args.greedy else policy.sample()
-        received = [(rows.mean(1) * rows.shape[-1])[0].numpy() for rows in attention]
         yield obs[0], received, policy.probs[0].numpy(), value.item(), score
         obs, rewards, _, _, info = envs.step(action.numpy())
         score += float(rewards[0])
@@ -116,9 +118,12 @@ def main(args: Args) -> tuple[Path, Path]:
     script, _, leader, follower, envs = load_run(args.run)
     actions = [action.name for action in envs.env.ale.get_action_set()]
     output = args.output or args.run
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: --output {output} cannot be written: {error.strerror}") from None
     video_path, sheet_path = output / "watch.mp4", output / "watch.png"
-    video, pictures = None, []
+    video, moments = None, []
     for moment in play(script, leader, follower, envs, args):
         picture = draw(script, *moment, actions)
         if video is None:
@@ -127,13 +132,15 @@ def main(args: Args) -> tuple[Path, Path]:
             if not video.isOpened():
                 raise SystemExit(f"error: {video_path} cannot be written")
         video.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-        pictures.append(picture)
+        moments.append(moment)
     video.release()
     envs.close()
-    chosen = np.linspace(0, len(pictures) - 1, min(args.sheet, len(pictures))).round().astype(int)
-    sheet = contact_sheet([pictures[i] for i in chosen], columns=2 if pictures[0].shape[1] > 1000 else 4)
-    cv2.imwrite(str(sheet_path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-    print(f"{len(pictures)} steps in {video_path}, contact sheet in {sheet_path}")
+    chosen = np.linspace(0, len(moments) - 1, min(args.sheet, len(moments))).round().astype(int)
+    pictures = [draw(script, *moments[i], actions) for i in chosen]
+    sheet = contact_sheet(pictures, columns=2 if pictures[0].shape[1] > 1000 else 4)
+    if not cv2.imwrite(str(sheet_path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR)):
+        raise SystemExit(f"error: {sheet_path} cannot be written")
+    print(f"{len(moments)} steps in {video_path}, contact sheet in {sheet_path}")
     return video_path, sheet_path
 
 

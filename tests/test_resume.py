@@ -55,49 +55,57 @@ def whole(tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_a_run_killed_again_and_again_ends_like_one_left_alone(name, whole, tmp_path):
-    run, rng = tmp_path / "run", random.Random(name)
-    process = start(name, run_dir=run, **RUN)
-    for _ in range(5):
-        deadline = time.monotonic() + 60
-        while not list(run.glob("checkpoint-*.pt")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        before = {path.name for path in run.glob("*checkpoint-*")}
-        while {path.name for path in run.glob("*checkpoint-*")} == before and process.poll() is None:
-            time.sleep(0.001)  # until something is saved: the kill often falls into the save itself
-        time.sleep(rng.choice([0, 0, rng.random() * 0.3]))
+@pytest.mark.parametrize(("name", "kills"), [("ppo_atari_baseline", 3), ("sprig_atari", 10)])
+def test_a_run_killed_again_and_again_ends_like_one_left_alone(name, kills, tmp_path):
+    settings = {**RUN, "total_timesteps": 32 * (kills + 6), "checkpoint_interval": 32}
+    whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(name)
+    TWINS[name].main(TWINS[name].Args(run_dir=str(whole), **settings))
+    process = start(name, run_dir=run, **settings)
+    wait_for(lambda: (run / "checkpoint-0.pt").exists(), process)
+    for _ in range(kills):
+        before = set(os.listdir(run))
+        wait_for(lambda before=before: set(os.listdir(run)) != before, process)  # often in the middle of a save
+        time.sleep(rng.choice([0, 0, rng.random() * 0.1]))
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
         process = start(name, resume=run)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    same_end(whole[name], run)
+    same_end(whole, run)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_sigterm_saves_and_exits_cleanly(name, tmp_path):
     run = tmp_path / "run"
     process = start(name, run_dir=run, **{**RUN, "total_timesteps": 100_000})
-    while not (run / "checkpoint-64.pt").exists():
-        time.sleep(0.02)
+    wait_for((run / "checkpoint-64.pt").exists, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and f"--resume {run}" in output
-    newest = TWINS[name].checkpoint_paths(run)[0]
-    assert int(newest.stem.split("-")[1]) >= 64 and not (run / "model.pt").exists()
-    step = int(newest.stem.split("-")[1])
-    code, _, errors = finish(name, resume=run, total_timesteps=step + 32)
-    assert code == 0, errors
-    assert (run / "model.pt").exists()
+    step = int(TWINS[name].checkpoint_paths(run)[0].stem.split("-")[1])
+    assert step >= 64 and not (run / "model.pt").exists()
+    process = start(name, resume=run, total_timesteps=step + 32, eval_episodes=60)
+    wait_for((run / "model.pt").exists, process)  # the evaluation has begun, or is about to
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and (f"--resume {run}" in output or "run saved" in output), errors
+    assert "Traceback" not in errors
 
 
 @pytest.fixture
 def saved(script, whole, tmp_path):
     """A copy of a finished run, to be damaged; its checkpoints are at 192 and 256."""
-    name = script.__name__
-    run = tmp_path / name
-    shutil.copytree(whole[name], run)
+    run = tmp_path / script.__name__
+    shutil.copytree(whole[script.__name__], run)
     return run
 
 
@@ -112,9 +120,12 @@ def test_two_checkpoints_are_kept_and_a_run_can_be_extended(script, saved):
     resume(script, saved, total_timesteps=320)
     after = scalars(saved)
     assert after["losses/entropy"][:8] == before["losses/entropy"] and len(after["losses/entropy"]) == 10
+    assert (saved / "model-1.pt").exists() and (saved / "evaluation-1.json").exists(), "the first end is kept"
+    first, second = (torch.load(saved / name, weights_only=True)["follower"] for name in ("model-1.pt", "model.pt"))
+    assert not torch.equal(first["hidden.weight"], second["hidden.weight"])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "malicious"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "incomplete", "other networks", "malicious"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(script, saved, whole, damage, capsys):
     newest, older = script.checkpoint_paths(saved)
     data = bytearray(newest.read_bytes())
@@ -127,7 +138,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(script, saved,
         newest.write_text("not a checkpoint")
     else:
         state = torch.load(newest, weights_only=True)
-        state["progress"] = Malice()
+        if damage == "incomplete":
+            del state["leader_optimizer"]
+        elif damage == "other networks":
+            state["leader"] = {"conv.weight": torch.zeros(3)}
+        else:
+            state["progress"] = Malice()
         torch.save(state, newest)
     resume(script, saved)
     assert f"warning: {newest} cannot be read" in capsys.readouterr().err
@@ -164,6 +180,8 @@ def test_no_readable_checkpoint_is_an_error_and_changes_nothing(script, saved):
 def test_changed_arguments_are_refused_by_name(script, saved):
     with pytest.raises(SystemExit, match="trained with --gamma 0.99, not 0.9"):
         resume(script, saved, gamma=0.9)
+    with pytest.raises(SystemExit, match="give one of the two"):
+        resume(script, saved, evaluate=str(saved))
     with pytest.raises(SystemExit, match="is not the folder of a run"):
         script.main(script.Args(resume=str(saved / "nothing")))
     (saved / "args.json").write_text("{")
@@ -181,21 +199,43 @@ def test_a_run_of_the_twin_is_refused(whole):
 def test_a_flag_given_on_resume_is_compared_even_at_its_default(whole):
     run = whole["ppo_atari_baseline"]
     code, _, errors = finish("ppo_atari_baseline", resume=run, num_envs=8)
-    assert code == 1 and errors == f"error: {run} was trained with --num-envs 2, not 8; resume it without --num-envs\n"
+    assert code == 1 and errors == f"error: {run} was trained with --num-envs 2, not 8; leave out --num-envs\n"
 
 
-def test_a_removed_folder_or_full_disk_ends_the_run_with_one_line(script, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    real = script.save_checkpoint
+def test_a_folder_removed_between_two_iterations_ends_the_run_with_one_line(script, tmp_path, monkeypatch):
+    run, real = tmp_path / "run", script.update
 
-    def save(run_dir, parts, progress):
-        if progress["global_step"] == 64:
-            shutil.rmtree(run_dir)
-        real(run_dir, parts, progress)
+    def update(*inputs):
+        shutil.rmtree(run, ignore_errors=True)
+        return real(*inputs)
 
-    monkeypatch.setattr(script, "save_checkpoint", save)
-    with pytest.raises(SystemExit, match="checkpoint-64.pt cannot be written: No such file or directory"):
+    monkeypatch.setattr(script, "update", update)
+    with pytest.raises(SystemExit, match=f"error: {run}.* cannot be written: No such file or directory"):
         script.main(script.Args(run_dir=str(run), **RUN))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MB: room for a first checkpoint, not for a third."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_disk_that_is_full_ends_the_run_with_one_line(name, small_disk):
+    run = small_disk / "run"
+    code, _, errors = finish(name, run_dir=run, **RUN)
+    assert code == 1 and "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]  # beside the progress bar
+    assert line.startswith(f"error: {run}") and "No space left on device" in line
+    assert TWINS[name].checkpoint_paths(run), "what was saved before is still there"
+    leader, follower, *_ = build(TWINS[name], TWINS[name].read_args(run))
+    TWINS[name].load_agent(run, leader, follower)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(script, saved, monkeypatch):
@@ -239,23 +279,40 @@ def test_a_run_that_diverges_names_iteration_and_checkpoint(script, tmp_path, mo
         script.main(script.Args(run_dir=str(tmp_path / "run"), **RUN))
 
 
-def test_evaluate_repeats_the_evaluation_after_training(script, saved, capsys):
+def test_a_real_divergence_is_caught_before_it_is_saved(script, tmp_path):
+    settings = {**RUN, "checkpoint_interval": 32, "learning_rate": 1e30, "anneal_lr": False}
+    with pytest.raises(SystemExit, match="iteration 1: the .* is not finite; the last good checkpoint is .*-0.pt"):
+        script.main(script.Args(run_dir=str(tmp_path / "run"), **settings))
+    assert [path.name for path in script.checkpoint_paths(tmp_path / "run")] == ["checkpoint-0.pt"]
+
+
+def test_evaluate_in_a_new_process_repeats_the_evaluation_after_training(script, saved):
     after_training = json.loads((saved / "evaluation.json").read_text())
-    (saved / "evaluation.json").unlink()
-    assert script.main(script.Args(evaluate=str(saved), eval_episodes=2, threads=1)) == after_training
+    code, output, errors = finish(script.__name__, evaluate=saved)
+    assert code == 0 and "evaluation over 2 games" in output, errors
     assert json.loads((saved / "evaluation.json").read_text()) == after_training
+    assert json.loads((saved / "evaluation-1.json").read_text()) == after_training, "the first one is kept"
     (saved / "model.pt").unlink()  # a run that was stopped: from its newest checkpoint
-    assert script.main(script.Args(evaluate=str(saved), eval_episodes=2, threads=1)) == after_training
+    args = script.dataclasses.replace(script.read_args(saved), evaluate=str(saved))
+    assert script.main(args) == after_training
     with pytest.raises(SystemExit, match="at least one game"):
-        script.main(script.Args(evaluate=str(saved), eval_episodes=0))
+        script.main(script.dataclasses.replace(args, eval_episodes=0))
+    with pytest.raises(SystemExit, match="leave out --seed"):
+        script.main(script.dataclasses.replace(args, seed=7))
 
 
-def test_loaded_agent_acts_identically(script, saved):
-    args = script.read_args(saved)
-    agents = [build(script, args)[:2] for _ in range(2)]
-    for leader, follower in agents:
-        script.load_agent(saved, leader, follower)
+def test_a_loaded_agent_acts_like_the_trained_one(script, tmp_path, monkeypatch):
     obs = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 4, 84, 84), dtype=np.uint8))
+    seen = []
+
+    def evaluate(leader, follower, args, device):
+        with torch.no_grad():
+            seen.append(follower(leader(obs))[0])
+        return {"returns": [0.0], "lengths": [1], "mean": 0.0, "std": 0.0}
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    script.main(script.Args(run_dir=str(tmp_path / "run"), **{**RUN, "total_timesteps": 64}))
+    leader, follower, *_ = build(script, script.read_args(tmp_path / "run"))
+    script.load_agent(tmp_path / "run", leader, follower)
     with torch.no_grad():
-        (first, _), (second, _) = (follower(leader(obs)) for leader, follower in agents)
-    assert torch.equal(first, second)
+        assert torch.equal(follower(leader(obs))[0], seen[0])

@@ -27,7 +27,7 @@ def scalars(run_dir):
 def test_learns_where_things_are(script, tmp_path, monkeypatch, shuffled):
     monkeypatch.setattr(script, "make_envs", lambda args: PatchEnvs(args.num_envs, shuffled))
     args = script.Args(
-        run_dir=str(tmp_path / "run"), total_timesteps=512 if shuffled else 2048, num_steps=32,
+        run_dir=str(tmp_path / "run"), total_timesteps=2048, num_steps=32,
         learning_rate=3e-4, gamma=0.5, eval_episodes=20,
     )  # fmt: skip
     evaluation = script.main(args)
@@ -100,6 +100,8 @@ BAD = {
     "gamma": ({"gamma": 1.5}, "--gamma must lie in"),
     "too short": ({"total_timesteps": 2047}, "less than one rollout"),
     "nothing to normalise over": ({"norm_adv": "minibatch", "minibatch_size": 1}, "cannot normalise over a single"),
+    "seed too large": ({"seed": 2**40}, "--seed must be less than"),
+    "no computer": ({"device": "meta"}, "is not a CPU or a GPU"),
     "no such device": ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
     "nonsense device": ({"device": "abacus"}, "--device abacus cannot be used"),
     "folder is a file": ({"run_dir": "/dev/null/run"}, "cannot be written"),
@@ -124,6 +126,12 @@ def test_cooperation_weight_outside_0_1_is_refused(alpha):
     script = TWINS["sprig_atari"]
     with pytest.raises(SystemExit, match="--cooperation-weight must lie in"):
         script.main(script.Args(cooperation_weight=alpha))
+
+
+def test_cost_in_reward_without_attention_is_refused():
+    script = TWINS["sprig_atari"]
+    with pytest.raises(SystemExit, match="needs attention to pay for"):
+        script.main(script.Args(perception_cost_in_reward=True, attention="none"))
 
 
 def test_nothing_is_overwritten(script, tmp_path):

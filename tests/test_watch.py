@@ -45,3 +45,6 @@ def test_play_ends_with_the_game(script, run):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="is not the folder of a run"):
         watch.main(watch.Args(tmp_path))
+    (tmp_path / "args.json").write_text('{"script": "json.py"}')
+    with pytest.raises(SystemExit, match="is a run of json.py, which cannot be watched"):
+        watch.main(watch.Args(tmp_path))
