@@ -973,56 +973,56 @@ def main(args: Args) -> dict:
         mininterval=0.5 if sys.stderr.isatty() else 60,  # a log file gets a line a minute
         disable=rank > 0,
     )
-    for iteration in range(global_step // rollout_size, num_iterations):
-        if args.anneal_lr:
-            for group in leader_optimizer.param_groups + follower_optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+    with bar:  # closed, and its line ended, whatever happens
+        for iteration in range(global_step // rollout_size, num_iterations):
+            if args.anneal_lr:
+                for group in leader_optimizer.param_groups + follower_optimizer.param_groups:
+                    group["lr"] = args.learning_rate * (1 - iteration / num_iterations)
 
-        obs, games = collect_rollout(envs, obs, leader, follower, rollout)
-        rewards = learner_rewards(rollout, leader, args)
-        ends = (rollout.terminations, rollout.dones)
-        advantages, returns = compute_gae(
-            rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda
-        )
-        if args.norm_adv == "rollout":
-            advantages = normalise(advantages)
-        columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
-        batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
-        try:
-            metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
-        except FloatingPointError as error:
-            fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {checkpoint_paths(run_dir)[0]}")
+            obs, games = collect_rollout(envs, obs, leader, follower, rollout)
+            rewards = learner_rewards(rollout, leader, args)
+            ends = (rollout.terminations, rollout.dones)
+            advantages, returns = compute_gae(
+                rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda
+            )
+            if args.norm_adv == "rollout":
+                advantages = normalise(advantages)
+            columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
+            batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
+            try:
+                metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
+            except FloatingPointError as error:
+                fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {checkpoint_paths(run_dir)[0]}")
 
-        global_step += rollout_size
-        games = sorted(game for mine in gather(games) for game in mine)
-        recent_returns.extend(episodic_return for _, episodic_return, _ in games)
-        metrics["losses/explained_variance"] = np.mean(gather(explained_variance(batch.values, batch.returns)))
-        metrics["charts/learning_rate"] = leader_optimizer.param_groups[0]["lr"]
-        metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
-        if shown_obs is None:
-            shown_obs = rollout.obs[-1, :4].clone()  # the same few for the whole run
-        if rank == 0:
-            with writing(run_dir):
-                log_iteration(writer, metrics, games, global_step, args)
-                if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
-                    for tag, picture in leader.pictures(shown_obs.to(device)).items():
-                        writer.add_image(tag, picture, global_step, dataformats="HWC")
-        mean_return = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
-        bar.set_postfix_str(f"return {mean_return}, {metrics['charts/SPS']:.0f} steps/s", refresh=False)
-        bar.update(rollout_size)
-
-        stopping = any(gather(stop.requested))
-        due = args.checkpoint_interval and global_step % args.checkpoint_interval < rollout_size
-        if due or stopping or iteration + 1 == num_iterations:
+            global_step += rollout_size
+            games = sorted(game for mine in gather(games) for game in mine)
+            recent_returns.extend(episodic_return for _, episodic_return, _ in games)
+            metrics["losses/explained_variance"] = np.mean(gather(explained_variance(batch.values, batch.returns)))
+            metrics["charts/learning_rate"] = leader_optimizer.param_groups[0]["lr"]
+            metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
+            if shown_obs is None:
+                shown_obs = rollout.obs[-1, :4].clone()  # the same few for the whole run
             if rank == 0:
                 with writing(run_dir):
-                    writer.flush()  # no logged point may be lost that the checkpoint counts as done
-            progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
-            save_checkpoint(run_dir, parts, progress)
-            obs = restart(envs, args, global_step)
-        if stopping:
-            break
-    bar.close()
+                    log_iteration(writer, metrics, games, global_step, args)
+                    if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
+                        for tag, picture in leader.pictures(shown_obs.to(device)).items():
+                            writer.add_image(tag, picture, global_step, dataformats="HWC")
+            mean_return = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
+            bar.set_postfix_str(f"return {mean_return}, {metrics['charts/SPS']:.0f} steps/s", refresh=False)
+            bar.update(rollout_size)
+
+            stopping = any(gather(stop.requested))
+            due = args.checkpoint_interval and global_step % args.checkpoint_interval < rollout_size
+            if due or stopping or iteration + 1 == num_iterations:
+                if rank == 0:
+                    with writing(run_dir):
+                        writer.flush()  # no logged point may be lost that the checkpoint counts as done
+                progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
+                save_checkpoint(run_dir, parts, progress)
+                obs = restart(envs, args, global_step)
+            if stopping:
+                break
     envs.close()
     if dist.is_initialized():
         dist.destroy_process_group()
