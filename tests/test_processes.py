@@ -59,7 +59,7 @@ def test_two_processes_update_like_one(name, settings, tmp_path):
 @pytest.mark.parametrize("name", TWINS)
 def test_torchrun_trains_and_resumes(name, tmp_path):
     def run(*flags):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command = [*launcher, str(ROOT / f"{name}.py"), *flags]
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
