@@ -3,7 +3,7 @@
     python benchmark/collect.py runs/<run> ... --output benchmark/results/beamrider
 
 For each run: `<script>_<label>_seed<n>.csv` (agent_steps, seconds, episodic_return, episodic_length of each whole
-game played in training) and a .json beside it (args.json, the final evaluation, mean steps per second).
+game played in training) and a .json beside it (args.json, the final evaluation, steps trained).
 """
 
 import csv
@@ -32,12 +32,14 @@ def main(args: Args) -> None:
         record = json.loads((run / "args.json").read_text())
         events = EventAccumulator(str(run), size_guidance={"scalars": 0})
         events.Reload()
-        returns, lengths = (events.Scalars(f"charts/episodic_{what}") for what in ("return", "length"))
+        known = events.Tags()["scalars"]  # a short run may have finished no game
+        tags = [tag for tag in ("charts/episodic_return", "charts/episodic_length") if tag in known]
+        returns, lengths = map(events.Scalars, tags) if tags else ([], [])
         speed = events.Scalars("charts/SPS")
         start = speed[0].wall_time - speed[0].step / speed[0].value
         evaluation = run / "evaluation.json"
+        record["arguments"]["run_dir"] = ""  # of no use elsewhere
         record["trained_steps"] = speed[-1].step
-        record["steps_per_second"] = round(speed[-1].value, 1)
         record["evaluation"] = json.loads(evaluation.read_text()) if evaluation.exists() else None
         name = f"{Path(record['script']).stem}_{args.label}_seed{record['arguments']['seed']}"
         with open(args.output / f"{name}.csv", "w", newline="") as file:

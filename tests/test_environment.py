@@ -113,7 +113,7 @@ def test_rollout_bootstraps_from_the_true_final_observation(script):
 
 
 def test_rollout_marks_a_lost_life_as_terminated(script):
-    args = script.Args(num_envs=2, num_steps=400)
+    args = script.Args(num_envs=2, num_steps=700)
     envs = script.make_envs(args)
     leader, follower, *_ = build(script, args)
     rollout = script.allocate_rollout(args, envs, torch.device("cpu"))

@@ -27,8 +27,8 @@ def test_each_player_moves_its_own_parameters_only(monkeypatch):
     states = [clones(leader, follower)]
     real = sprig.descend
 
-    def spy(*inputs):
-        norm = real(*inputs)
+    def spy(*inputs, **player):
+        norm = real(*inputs, **player)
         states.append(clones(leader, follower))
         return norm
 
