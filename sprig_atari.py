@@ -45,7 +45,7 @@ import time
 import zipfile
 from collections import deque
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -108,6 +108,12 @@ class Args:
     """agent steps (of 4 frames) after which a game is truncated"""
     clip_rewards: bool = True
     """the learner sees sign(reward); logged returns are always raw"""
+    observation_noise: float = 0.0
+    """robustness: standard deviation of Gaussian noise on each pixel, as a fraction of white"""
+    distractors: int = 0
+    """robustness: so many rows of pixels, from the top, show random pixels"""
+    reward_delay: int = 1
+    """robustness: the learner is paid every so many steps, and when its episode ends"""
 
     # -- PPO --
     num_steps: int = 256
@@ -183,10 +189,14 @@ def fail(message: str):
 
 def check_args(args: Args) -> Args:
     """Refuse, before anything is written or trained, whatever could only go wrong later."""
-    for name in ("num_envs", "num_steps", "minibatch_size", "update_epochs", "total_timesteps", "max_episode_steps"):
+    sizes = ("num_envs", "num_steps", "minibatch_size", "update_epochs", "total_timesteps", "reward_delay")
+    for name in (*sizes, "max_episode_steps"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.distractors > 84:
+        fail(f"--distractors {args.distractors} is more than the 84 rows of pixels of a frame")
     not_negative = ("seed", "threads", "eval_episodes", "checkpoint_interval", "ent_coef", "vf_coef")
+    not_negative += ("observation_noise", "distractors")
     for name in (*not_negative, "perception_cost_weight", "cost_rows", "leader_value_coef"):
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
@@ -320,6 +330,7 @@ def average(tensors: list[torch.Tensor]) -> None:
 # Environment
 # ==================================================================================================
 FRAME_SKIP = 4  # emulator frames per agent step
+SIMULATORS = ("ale-py",)  # packages whose versions a run records
 
 
 def env_protocol(args: Args) -> dict:
@@ -350,6 +361,9 @@ def env_protocol(args: Args) -> dict:
         "lost_life": "ends the learner's episode, not the game",
         "reward": "sign for the learner, raw in logs" if args.clip_rewards else "raw",
         "autoreset": "same step",
+        "observation_noise": args.observation_noise,
+        "distractors": args.distractors,
+        "reward_delay": args.reward_delay,
     }
 
 
@@ -384,6 +398,47 @@ class WholeGames(gym.vector.VectorWrapper):
         return obs, rewards, terminations, truncations, info
 
 
+class Disturbed(gym.vector.VectorWrapper):
+    """The robustness switches: noise and distractors in what is observed, delay in what is paid.
+
+    Returns in `info["episode"]` stay what they are. The noise starts anew, from the games' seeds, at each reset.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        super().__init__(envs)
+        self.noise, self.distractors, self.delay = args.observation_noise, args.distractors, args.reward_delay
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.random = np.random.default_rng(seed)
+        self.unpaid, self.steps = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
+        return self.disturb(obs), info
+
+    def step(self, actions):
+        obs, rewards, terminations, truncations, info = self.env.step(actions)
+        if self.delay > 1:
+            self.unpaid += rewards
+            self.steps += 1
+            ended = terminations | truncations
+            due = ended | (self.steps % self.delay == 0)
+            rewards = np.where(due, self.unpaid, 0)
+            self.unpaid[due], self.steps[ended] = 0, 0
+        if "final_obs" in info:
+            info["final_obs"] = self.disturb(info["final_obs"])
+        return self.disturb(obs), rewards, terminations, truncations, info
+
+    def disturb(self, obs: np.ndarray) -> np.ndarray:
+        """(N, 4, 84, 84) uint8 -> the same, with what the switches ask for."""
+        if self.noise:
+            noise = self.random.standard_normal(obs.shape, dtype=np.float32)
+            obs = (obs + 255 * self.noise * noise).round().clip(0, 255).astype(np.uint8)
+        if self.distractors:
+            strip = (*obs.shape[:-2], self.distractors, obs.shape[-1])
+            pixels = self.random.integers(256, size=strip, dtype=np.uint8)
+            obs = np.concatenate([pixels, obs[..., self.distractors :, :]], axis=-2)
+        return obs
+
+
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """`args.num_envs` games: obs (N, 4, 84, 84) uint8, rewards (N,) raw, autoreset within the step.
 
@@ -405,7 +460,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
         reward_clipping=False,  # on by default; the learner clips, so that logged returns are raw
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
-    return WholeGames(envs)
+    return Disturbed(WholeGames(envs), args)
 
 
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
@@ -505,11 +560,11 @@ class AttentionBlock(nn.Module):
         """Also returns the weights of all query rows (`num_rows` 0), of so many drawn at random, or None."""
         n = x.shape[1]
         query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/8), (B, n, C/8), (B, n, C)
-        attended = attend(query, key, value)
         rows = None
         if num_rows is not None:
             drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]] if 0 < num_rows < n else query
             rows = attention_rows(drawn, key)  # (B, r, n)
+        attended = attend(query, key, value) if rows is None or drawn is not query else rows @ value  # (B, n, C)
         return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
 
 
@@ -608,7 +663,7 @@ def action_distribution(logits: torch.Tensor) -> Distribution:
 class Rollout(NamedTuple):
     """T steps of N environments, allocated once. Time runs along dimension 0."""
 
-    obs: torch.Tensor  # (T, N, 4, 84, 84) uint8, channels last in memory
+    obs: torch.Tensor  # (T, N, *observation), in the environment's type, channels last in memory
     actions: torch.Tensor  # (T, N)
     logprobs: torch.Tensor  # (T, N) under the policy that acted
     rewards: torch.Tensor  # (T, N) raw
@@ -619,10 +674,12 @@ class Rollout(NamedTuple):
 
 
 def allocate_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Rollout:
-    channels, *size = envs.single_observation_space.shape
+    (channels, *size), action_space = envs.single_observation_space.shape, envs.single_action_space
+    dtypes = {"u": torch.uint8, "i": torch.long, "f": torch.float32}  # by NumPy's kind
     shape = (args.num_steps, args.num_envs)
-    obs = torch.zeros((*shape, *size, channels), dtype=torch.uint8, device=device).movedim(-1, 2)
-    actions = torch.zeros((*shape, *envs.single_action_space.shape), dtype=torch.long, device=device)
+    obs_dtype, action_dtype = (dtypes[x.dtype.kind] for x in (envs.single_observation_space, action_space))
+    obs = torch.zeros((*shape, *size, channels), dtype=obs_dtype, device=device).movedim(-1, 2)
+    actions = torch.zeros((*shape, *action_space.shape), dtype=action_dtype, device=device)
     return Rollout(obs, actions, *(torch.zeros(shape, device=device) for _ in range(6)))
 
 
@@ -1008,13 +1065,20 @@ def writing(run_dir: Path):
 
 def run_record(args: Args) -> dict:
     """What a result depends on: arguments, protocol, versions."""
-    packages = ("torch", "gymnasium", "ale-py", "numpy")
+    packages = ("torch", "gymnasium", "numpy", *SIMULATORS)
     return {
         "script": Path(__file__).name,
         "arguments": dataclasses.asdict(args) | {"resume": ""},
         "protocol": env_protocol(args),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
     }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def log_iteration(writer: SummaryWriter, metrics: dict, games: list, global_step: int, args: Args) -> None:
@@ -1050,9 +1114,10 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
         torch.manual_seed(args.seed)
         while playing.any():
             logits, _ = follower(leader(torch.from_numpy(obs[playing]).to(device)))
-            action = logits.argmax(-1) if args.eval_greedy else action_distribution(logits).sample()
-            actions = np.zeros((num_games, *action.shape[1:]), dtype=np.int64)  # a finished game idles
-            actions[playing] = action.cpu().numpy()
+            policy = action_distribution(logits)
+            action = (policy.mode if args.eval_greedy else policy.sample()).cpu().numpy()
+            actions = np.zeros((num_games, *action.shape[1:]), dtype=action.dtype)  # a finished game idles
+            actions[playing] = action
             obs, _, _, _, info = envs.step(actions)
             if "_episode" in info:
                 ended = info["_episode"] & playing
@@ -1251,7 +1316,7 @@ def main(args: Args) -> dict:
     leader = Leader(envs.single_observation_space, args).to(device)
     follower = Follower(leader.num_features, envs.single_action_space).to(device)
     leader_optimizer, follower_optimizer = (
-        torch.optim.Adam(module.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        torch.optim.Adam([{"params": module.parameters()}], lr=args.learning_rate, eps=1e-5, fused=True)
         for module in (leader, follower)
     )
     if rank:
@@ -1315,7 +1380,7 @@ def main(args: Args) -> dict:
             metrics["charts/learning_rate"] = leader_optimizer.param_groups[0]["lr"]
             metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
             if shown_obs is None:
-                shown_obs = rollout.obs[-1, :4].clone()  # the same few for the whole run
+                shown_obs = batch.obs[-4:].clone()  # the same few for the whole run
             if rank == 0:
                 with writing(run_dir):
                     log_iteration(writer, metrics, games, global_step, args)

@@ -1,0 +1,1231 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "mujoco==3.17.0",
+#     "dm_control==1.0.50",
+#     "shimmy==2.0.1",
+#     "box2d==2.3.10",
+#     "pygame==2.6.1",
+#     "imageio==2.38.1",
+#     "h5py==3.16.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "opencv-python==5.0.0.93",
+#     "tqdm==4.70.1",
+#     "numpy==2.4.6",
+# ]
+# ///
+"""PPO on state vectors: MuJoCo, DM Control, Box2D, classic control. The baseline that SPRIG is measured against.
+
+    python ppo_continuous_baseline.py --env-id HalfCheetah-v5
+
+PPO: Schulman et al. 2017 (arXiv 1707.06347). Defaults are the settings that are usual for PPO on MuJoCo (those of
+OpenAI's baselines and of CleanRL), not Table 1 of the SPRIG paper (arXiv 2502.14264), which is about Atari.
+
+Changes relative to ppo_atari_baseline.py: environments of the named families; observations and rewards normalised by
+running statistics; an encoder that only normalises; heads of two tanh layers each, Gaussian or categorical. Everything
+else is the same code.
+
+This file names its encoder `Leader` and its heads `Follower`, as sprig_continuous.py does, so that
+`diff -y ppo_continuous_baseline.py sprig_continuous.py` shows the algorithm and nothing else.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import io
+import itertools
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import zipfile
+from collections import deque
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+if __name__ == "__main__":  # before torch is loaded: idle threads shall soon leave the cores to the emulator's
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import tyro
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+# ==================================================================================================
+# Arguments
+# ==================================================================================================
+@dataclass
+class Args:
+    # -- Run --
+    seed: int = 1
+    """seed of the networks, the actions, the minibatches and the games"""
+    total_timesteps: int = 1_000_000
+    """agent steps in all, over all environments; rounded down to whole rollouts"""
+    run_dir: str = ""
+    """folder of the run, new or empty (default: runs/<env>__<script>__<seed>__<time>)"""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one"""
+    threads: int = 0
+    """CPU threads of the networks and of the emulator (0: as many as there are cores)"""
+    eval_episodes: int = 10
+    """whole games played after training, on fresh seeds (0: none)"""
+    eval_greedy: bool = False
+    """take the most probable action in the evaluation instead of sampling it"""
+    checkpoint_interval: int = 100_000
+    """agent steps between checkpoints, at each of which the games restart (0: none but the first and the last)"""
+    resume: str = ""
+    """folder of a run to continue, with its own arguments"""
+    evaluate: str = ""
+    """folder of a run to evaluate instead of training"""
+    track: bool = False
+    """mirror the logs to Weights & Biases (needs `pip install wandb`)"""
+
+    # -- Environment --
+    env_id: str = "HalfCheetah-v5"
+    """any Gymnasium id whose observations are vectors, with Box or Discrete actions; dm_control/<domain>-<task>-v0"""
+    num_envs: int = 1
+    """environments side by side, N"""
+    max_episode_steps: int = 0
+    """steps after which an episode is truncated (0: the task's own limit)"""
+    norm_obs: bool = True
+    """the leader sees each entry with mean 0 and variance 1, by running statistics, clipped to [-10, 10]"""
+    norm_rewards: bool = True
+    """the learner sees rewards over the standard deviation of the discounted return; logged returns are always raw"""
+    clip_rewards: bool = True
+    """clip what the learner sees of a reward to [-10, 10]"""
+    observation_noise: float = 0.0
+    """robustness: standard deviation of Gaussian noise on each normalised entry"""
+    distractors: int = 0
+    """robustness: so many entries of standard normal noise are appended"""
+    reward_delay: int = 1
+    """robustness: the learner is paid every so many steps, and when its episode ends"""
+
+    # -- PPO --
+    num_steps: int = 2048
+    """steps of each environment per rollout, T"""
+    minibatch_size: int = 64
+    """transitions per gradient step, B"""
+    update_epochs: int = 10
+    """passes over each rollout"""
+    learning_rate: float = 3e-4
+    """Adam's step size"""
+    anneal_lr: bool = True
+    """let the step size fall linearly to 0"""
+    gamma: float = 0.99
+    """discount, γ"""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation"""
+    norm_adv: Literal["rollout", "minibatch", "none"] = "minibatch"
+    """over what the advantages get zero mean and unit variance"""
+    clip_coef: float = 0.2
+    """ε: the probability ratio is clipped to [1 - ε, 1 + ε]"""
+    clip_value_loss: bool = True
+    """clip the value's change to ε as well"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus, β"""
+    vf_coef: float = 0.25
+    """weight of the mean squared value error (which has no further factor 1/2)"""
+    max_grad_norm: float = 0.5
+    """largest gradient norm of a step"""
+    target_kl: float | None = None
+    """start no further epoch once an epoch's mean approximate KL exceeds this"""
+
+
+def fail(message: str):
+    """A user's mistake: one line on stderr, exit code 1, no traceback."""
+    raise SystemExit(f"error: {message}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+
+
+def check_args(args: Args) -> Args:
+    """Refuse, before anything is written or trained, whatever could only go wrong later."""
+    sizes = ("num_envs", "num_steps", "minibatch_size", "update_epochs", "total_timesteps", "reward_delay")
+    for name in sizes:
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    not_negative = ("seed", "threads", "eval_episodes", "checkpoint_interval", "ent_coef", "vf_coef")
+    not_negative += ("observation_noise", "distractors", "max_episode_steps")
+    for name in not_negative:
+        if not getattr(args, name) >= 0:
+            fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+    for name in ("learning_rate", "clip_coef", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
+    if args.target_kl is not None and not args.target_kl > 0:
+        fail(f"--target-kl must be positive, not {args.target_kl}")
+    if args.seed >= 2**32:
+        fail(f"--seed must be less than 2**32, not {args.seed}")
+    if args.resume and args.evaluate:
+        fail("--resume trains, --evaluate plays; give one of the two")
+    rollout_size = args.num_envs * args.num_steps
+    if rollout_size % args.minibatch_size:
+        fail(
+            f"--minibatch-size {args.minibatch_size} does not divide the rollout of "
+            f"{args.num_envs} environments x {args.num_steps} steps = {rollout_size}"
+        )
+    for name in ("num_envs", "minibatch_size"):
+        if getattr(args, name) % int(os.environ.get("WORLD_SIZE", 1)):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            fail(f"{flag} cannot be split evenly over {os.environ['WORLD_SIZE']} processes")
+    if args.total_timesteps < rollout_size:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
+    if {"rollout": rollout_size, "minibatch": args.minibatch_size, "none": 2}[args.norm_adv] < 2:
+        fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; take more, or none")
+    try:
+        if torch.zeros(1, device=pick_device(args.device)).device.type not in ("cpu", "cuda", "mps"):
+            fail(f"--device {args.device} is not a CPU or a GPU")
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            fail("--track needs Weights & Biases: pip install wandb")
+    return args
+
+
+# What may differ when a run is resumed: it changes how long and where, not what is learnt.
+MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_greedy", "track", "resume", "evaluate"}
+
+
+def parse_args() -> Args:
+    """The command line; with --resume or --evaluate, the arguments of that run are the defaults."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume or args.evaluate:
+        saved = read_args(Path(args.resume or args.evaluate))
+        default = dataclasses.replace(saved, resume=args.resume, evaluate=args.evaluate)
+        args = tyro.cli(Args, description=__doc__, default=default)
+    return args
+
+
+def read_args(run_dir: Path) -> Args:
+    """The arguments that a run of this script was started with."""
+    try:
+        record = json.loads((run_dir / "args.json").read_text())
+        if record["script"] != Path(__file__).name:
+            fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
+        return Args(**record["arguments"])
+    except OSError as error:
+        fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{run_dir}/args.json is damaged or of another version: {error}")
+
+
+def refuse_changes(run_dir: Path, args: Args) -> None:
+    """A saved run goes on, and is evaluated, with the arguments that it was trained with."""
+    saved = read_args(run_dir)
+    for field in dataclasses.fields(Args):
+        old, new = getattr(saved, field.name), getattr(args, field.name)
+        if old != new and field.name not in MAY_CHANGE:
+            flag = field.name.replace("_", "-")
+            fail(f"{run_dir} was trained with --{flag} {old}, not {new}; leave out --{flag}")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed tensors: faulting it in anew takes a tenth of an update's time."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library, with other habits
+    for parameter, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):  # trim threshold, top pad, mmap threshold
+        mallopt(parameter, size)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch.device(name)
+
+
+def processes() -> tuple[int, int]:
+    """(rank, number) of the processes that train together: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(mine) -> list:
+    """What each process holds, in the order of ranks."""
+    everyone = [mine] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def average(tensors: list[torch.Tensor]) -> None:
+    """Replace tensors by their means over all processes; one process alone has them already."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= processes()[1]
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+# ==================================================================================================
+# Environment
+# ==================================================================================================
+SIMULATORS = ("mujoco", "dm-control", "shimmy", "box2d")  # packages whose versions a run records
+EXTRAS = {  # by the module that an id is made in: what has to be installed for it
+    "gymnasium.envs.mujoco": "mujoco==3.17.0 imageio==2.38.1",
+    "gymnasium.envs.box2d": "box2d==2.3.10 pygame==2.6.1",
+    "shimmy": "shimmy==2.0.1 dm_control==1.0.50 mujoco==3.17.0 imageio==2.38.1 h5py==3.16.0",
+}
+ENTRY_NAMES = {  # Gymnasium documents these; those of MuJoCo and DM Control can be asked for (see observation_names)
+    "CartPole": "position, velocity, angle, angular velocity",
+    "Pendulum": "cos angle, sin angle, angular velocity",
+    "Acrobot": "cos angle 1, sin angle 1, cos angle 2, sin angle 2, angular velocity 1, angular velocity 2",
+    "MountainCar": "position, velocity",
+    "LunarLander": "x, y, velocity x, velocity y, angle, angular velocity, left leg down, right leg down",
+    "BipedalWalker": "hull angle, hull angular velocity, velocity x, velocity y, hip 1, hip 1 speed, knee 1, "
+    "knee 1 speed, leg 1 down, hip 2, hip 2 speed, knee 2, knee 2 speed, leg 2 down, "
+    + ", ".join(f"lidar {i}" for i in range(10)),
+}
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment: dictionaries flattened, observations float32 (n,), Box actions clipped to their bounds."""
+    family = "shimmy" if args.env_id.startswith("dm_control/") else ""
+    try:
+        if family:
+            os.environ.setdefault("MUJOCO_GL", "disable")  # dm_control would look for a screen
+            logging.getLogger("absl").setLevel(logging.ERROR)
+            import shimmy
+
+            gym.register_envs(shimmy)
+        family = family or gym.spec(args.env_id).entry_point.rpartition(".")[0]
+        env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, render_mode=render_mode)
+    except (ImportError, gym.error.DependencyNotInstalled) as error:
+        package = next((EXTRAS[module] for module in EXTRAS if family.startswith(module)), None)
+        mend = f"pip install {package}" if package else first_line(error)
+        fail(f"--env-id {args.env_id} needs a package that is not installed: {mend}")
+    except gym.error.Error as error:
+        near = difflib.get_close_matches(args.env_id, gym.registry.keys(), n=1)
+        fail(f"--env-id {args.env_id}: {first_line(error)}" + (f"; did you mean {near[0]}?" if near else ""))
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        env = gym.wrappers.FlattenObservation(env)
+    observations, actions = env.observation_space, env.action_space
+    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
+        fail(f"--env-id {args.env_id} shows {observations}, not a vector; for Atari there is sprig_atari.py")
+    if isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1:
+        env = gym.wrappers.ClipAction(env)
+    elif not isinstance(actions, gym.spaces.Discrete) or actions.start:
+        fail(f"--env-id {args.env_id} takes actions from {actions}; only vectors and choices from 0 on are supported")
+    return gym.wrappers.DtypeObservation(env, np.float32)
+
+
+def env_protocol(args: Args) -> dict:
+    """How the task is set, in full: what two results must share to be comparable."""
+    env = make_env(args)
+    env.close()
+    return {
+        "env_id": args.env_id,
+        "time_limit": env.spec.max_episode_steps or "the task's own",
+        "observation": f"{env.observation_space.shape[0]} entries",
+        "observation_for_learner": "normalised, clipped to 10 standard deviations" if args.norm_obs else "raw",
+        "action": str(env.unwrapped.action_space),
+        "reward_for_learner": "over the standard deviation of the discounted return" if args.norm_rewards else "raw",
+        "clip_rewards": args.clip_rewards and 10,
+        "autoreset": "same step",
+        "observation_noise": args.observation_noise,
+        "distractors": args.distractors,
+        "reward_delay": args.reward_delay,
+    }
+
+
+def observation_names(args: Args) -> list[str]:
+    """What each entry of the observation is called, as far as that is known; else its number."""
+    env = make_env(args)
+    core, size = env.unwrapped, env.observation_space.shape[0]
+    if isinstance(core.observation_space, gym.spaces.Dict):
+        spaces = core.observation_space.items()
+        names = [f"{key} {i}" for key, space in spaces for i in range(gym.spaces.flatdim(space))]
+    elif hasattr(core, "observation_structure"):  # MuJoCo: positions and velocities of joints, then the rest
+        model, parts = core.model, dict(core.observation_structure)
+        joints = [model.joint(i) for i in range(model.njnt)]
+        position, velocity = (
+            [f"{kind} {joint.name}" for joint in joints for _ in getattr(joint, attribute)]
+            for kind, attribute in (("pos", "qpos0"), ("vel", "damping"))
+        )
+        names = position[parts.pop("skipped_qpos") :] + velocity
+        parts = {key: count for key, count in parts.items() if key not in ("qpos", "qvel")}
+        names += [f"{key} {i}" for key, count in parts.items() for i in range(count)]
+    else:
+        names = ENTRY_NAMES.get(args.env_id.rpartition("-")[0].removesuffix("Continuous"), "").split(", ")
+    env.close()
+    if len(names) != size:
+        names = [str(i) for i in range(size)]
+    return names + [f"noise {i}" for i in range(args.distractors)]
+
+
+class Disturbed(gym.vector.VectorWrapper):
+    """The robustness switches: noise and distractors in what is observed, delay in what is paid.
+
+    Returns in `info["episode"]` stay what they are. The noise starts anew, from the games' seeds, at each reset.
+    How much noise a fraction of an entry's normal range is, only the leader's normaliser knows. So with
+    noise an observation has two rows (2, n), the entries and the noise that the leader shall see on them.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        super().__init__(envs)
+        self.noise, self.distractors, self.delay = args.observation_noise, args.distractors, args.reward_delay
+        size = envs.single_observation_space.shape[0] + self.distractors
+        self.single_observation_space = gym.spaces.Box(
+            -np.inf, np.inf, (2, size) if self.noise else (size,), np.float32
+        )
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed if seed is None else np.asarray(seed).tolist(), options=options)
+        self.random = np.random.default_rng(seed)
+        self.unpaid, self.steps = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
+        return self.disturb(obs), info
+
+    def step(self, actions):
+        obs, rewards, terminations, truncations, info = self.env.step(actions)
+        if self.delay > 1:
+            self.unpaid += rewards
+            self.steps += 1
+            ended = terminations | truncations
+            due = ended | (self.steps % self.delay == 0)
+            rewards = np.where(due, self.unpaid, 0)
+            self.unpaid[due], self.steps[ended] = 0, 0
+        if "final_obs" in info:
+            rows = info["_final_obs"]
+            final_obs = np.zeros_like(obs)
+            final_obs[rows] = np.stack(info["final_obs"][rows])
+            info["final_obs"] = self.disturb(final_obs)
+        return self.disturb(obs), rewards, terminations, truncations, info
+
+    def disturb(self, obs: np.ndarray) -> np.ndarray:
+        """(N, n) -> (N, n + distractors), or with noise (N, 2, n + distractors)."""
+        if self.distractors:
+            extra = self.random.standard_normal((len(obs), self.distractors), dtype=np.float32)
+            obs = np.concatenate([obs, extra], axis=1)
+        if self.noise:
+            noise = self.noise * self.random.standard_normal(obs.shape, dtype=np.float32)
+            obs = np.stack([obs, noise], axis=1)
+        return obs
+
+
+def make_envs(args: Args, render_mode: str | None = None) -> gym.vector.VectorEnv:
+    """`args.num_envs` environments: obs (N, n) float32, rewards (N,) raw, autoreset within the step.
+
+    On steps where some episode ended, `info["episode"]` holds its raw return "r" and length "l", both
+    (N,), and `info["_episode"]` the rows for which they and `info["final_obs"]` are valid.
+    """
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(args, render_mode)] * args.num_envs, autoreset_mode=same_step)
+    return Disturbed(gym.wrappers.vector.RecordEpisodeStatistics(envs), args)
+
+
+def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
+    """(N,) seeds that hardly another (seed, stream) shares; consecutive integers would overlap between runs."""
+    return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
+
+
+def restart(envs: gym.vector.VectorEnv, args: Args, global_step: int) -> np.ndarray:
+    """Start this process's games anew, from seeds made of (seed, step), and return their observations."""
+    seeds = env_seeds(args.seed, 0, global_step, num_envs=args.num_envs)  # stream 0: training
+    first = processes()[0] * envs.num_envs
+    return envs.reset(seed=seeds[first : first + envs.num_envs])[0]
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all that was observed so far (Chan et al. 1979). Buffers, so every saved state has them."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Take in x (B, *shape), and what the other processes observed."""
+        var, mean = torch.var_mean(x, 0, correction=0)
+        mine = mean.clone()
+        average([mean])
+        var += (mine - mean) ** 2
+        average([var])
+        number = len(x) * processes()[1]
+        weight, shift = number / (self.count + number), mean - self.mean
+        self.mean += weight * shift
+        self.var += weight * (var - self.var + (1 - weight) * shift**2)
+        self.count += number
+
+
+class Normaliser(nn.Module):
+    """Puts observations and rewards on a common scale, by the statistics of the rollouts so far.
+
+    Observations: each entry's mean and variance. Rewards: the standard deviation of the discounted sum
+    of the rewards of an episode so far (as in OpenAI's baselines). Unlike there, the statistics move
+    only between iterations: a policy is then updated on just what it saw when it acted.
+    """
+
+    def __init__(self, num_entries: int, args: Args):
+        super().__init__()
+        self.norm_obs, self.gamma = args.norm_obs, args.gamma
+        self.entries, self.discounted_return = RunningMoments(num_entries), RunningMoments()
+        self.forget_episodes()
+
+    def forget_episodes(self) -> None:
+        """To be called where all environments restart."""
+        self.running = 0.0  # (N,) discounted sum of the rewards of the running episodes
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """obs (B, n) -> (B, n) normalised and clipped; the noise of obs (B, 2, n) comes on top."""
+        obs, noise = obs.unbind(1) if obs.ndim == 3 else (obs, None)
+        if self.norm_obs:
+            scale = (self.entries.var + 1e-8).rsqrt()  # (n,)
+            obs = ((obs - self.entries.mean) * scale).clamp(-10, 10)
+        return obs if noise is None else obs + noise
+
+    @torch.no_grad()
+    def observe(self, obs: torch.Tensor) -> None:
+        """Take in the observations (B, n) or (B, 2, n) of a rollout; they count from the next one on."""
+        self.entries.observe(obs[:, 0] if obs.ndim == 3 else obs)
+
+    @torch.no_grad()
+    def scale_rewards(self, rewards: torch.Tensor, dones: torch.Tensor) -> torch.Tensor:
+        """Take in the rewards (T, N) of a rollout, and return them scaled."""
+        history = []
+        for reward, done in zip(rewards, dones):
+            history.append(self.running * self.gamma + reward)  # (N,)
+            self.running = history[-1] * (1 - done)
+        self.discounted_return.observe(torch.cat(history))
+        return rewards * (self.discounted_return.var + 1e-8).rsqrt()
+
+
+# ==================================================================================================
+# Leader
+# ==================================================================================================
+def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights, zero bias: the usual initialisation of PPO."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Leader(nn.Module):
+    """The encoder; θ is empty here: obs (B, n) or (B, 2, n) (see Disturbed) -> features (B, n), normalised."""
+
+    def __init__(self, observation_space: gym.spaces.Box, args: Args):
+        super().__init__()
+        self.num_features = observation_space.shape[-1]
+        self.normaliser = Normaliser(self.num_features, args)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.normaliser(obs)
+
+    def attention_received(self, obs: torch.Tensor) -> list[torch.Tensor]:
+        """Of each attention layer, the attention that each entry receives: there is none here."""
+        return []
+
+    def pictures(self, obs: torch.Tensor) -> dict[str, np.ndarray]:
+        """Tag -> RGB image (H, W, 3) uint8 to log; an encoder without attention has nothing to show."""
+        return {}
+
+
+# ==================================================================================================
+# Follower
+# ==================================================================================================
+class Follower(nn.Module):
+    """Policy and value heads, φ. features (B, F) -> policy, value (B,).
+
+    The policy is given by its logits (B, A), or for actions that are vectors by mean and log standard
+    deviation (B, 2, A), the latter a parameter that does not depend on the state.
+    """
+
+    def __init__(self, num_features: int, action_space: gym.spaces.Discrete | gym.spaces.Box):
+        super().__init__()
+        continuous = isinstance(action_space, gym.spaces.Box)
+        size = action_space.shape[0] if continuous else int(action_space.n)
+        self.actor, self.critic = (
+            nn.Sequential(
+                init_layer(nn.Linear(num_features, 64)),
+                nn.Tanh(),
+                init_layer(nn.Linear(64, 64)),
+                nn.Tanh(),
+                init_layer(nn.Linear(64, outputs), std),
+            )
+            for outputs, std in ((size, 0.01), (1, 1.0))
+        )
+        self.log_std = nn.Parameter(torch.zeros(size)) if continuous else None
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        policy = self.actor(features)  # (B, A)
+        if self.log_std is not None:
+            policy = torch.stack([policy, self.log_std.expand_as(policy)], dim=1)  # (B, 2, A)
+        return policy, self.critic(features).squeeze(-1)
+
+
+def action_distribution(logits: torch.Tensor) -> Distribution:
+    if logits.ndim == 2:
+        return Categorical(logits=logits, validate_args=False)  # validation would wait for the GPU
+    mean, log_std = logits.unbind(1)  # (B, A) each
+    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1, validate_args=False)
+
+
+# ==================================================================================================
+# Rollout
+# ==================================================================================================
+class Rollout(NamedTuple):
+    """T steps of N environments, allocated once. Time runs along dimension 0."""
+
+    obs: torch.Tensor  # (T, N, *observation), in the environment's type, channels last in memory
+    actions: torch.Tensor  # (T, N)
+    logprobs: torch.Tensor  # (T, N) under the policy that acted
+    rewards: torch.Tensor  # (T, N) raw
+    values: torch.Tensor  # (T, N)
+    next_values: torch.Tensor  # (T, N) of the observation that the action truly led to
+    terminations: torch.Tensor  # (T, N) 1.0 where nothing follows: no bootstrap
+    dones: torch.Tensor  # (T, N) 1.0 where the episode ended, terminated or truncated
+
+
+def allocate_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Rollout:
+    (channels, *size), action_space = envs.single_observation_space.shape, envs.single_action_space
+    dtypes = {"u": torch.uint8, "i": torch.long, "f": torch.float32}  # by NumPy's kind
+    shape = (args.num_steps, args.num_envs)
+    obs_dtype, action_dtype = (dtypes[x.dtype.kind] for x in (envs.single_observation_space, action_space))
+    obs = torch.zeros((*shape, *size, channels), dtype=obs_dtype, device=device).movedim(-1, 2)
+    actions = torch.zeros((*shape, *action_space.shape), dtype=action_dtype, device=device)
+    return Rollout(obs, actions, *(torch.zeros(shape, device=device) for _ in range(6)))
+
+
+@torch.inference_mode()
+def collect_rollout(
+    envs: gym.vector.VectorEnv, obs: np.ndarray, leader: Leader, follower: Follower, rollout: Rollout
+) -> tuple[np.ndarray, list[tuple[int, float, int]]]:
+    """Play T steps from `obs` (N, ...) with the current policy and fill `rollout` in place.
+
+    Returns the observations to go on from, and for each game that ended (steps of its environment
+    into the rollout, raw return, length).
+    """
+    num_steps, num_envs = rollout.rewards.shape
+    rewards, terminations, dones = (np.zeros((num_steps, num_envs), dtype=np.float32) for _ in range(3))
+    cuts, games = [], []
+    for t in range(num_steps):
+        rollout.obs[t].copy_(torch.from_numpy(obs))
+        logits, rollout.values[t] = follower(leader(rollout.obs[t]))
+        policy = action_distribution(logits)
+        action = policy.sample()
+        rollout.actions[t], rollout.logprobs[t] = action, policy.log_prob(action)
+
+        obs, rewards[t], terminated, truncated, info = envs.step(action.cpu().numpy())
+        terminations[t], dones[t] = terminated, terminated | truncated
+        cut = truncated & ~terminated
+        if cut.any():  # rare: bootstrap from the true final observation, not from the next game's first
+            final_obs = torch.from_numpy(np.stack(info["final_obs"][cut])).to(rollout.obs.device)
+            cuts.append((t, torch.from_numpy(cut), follower(leader(final_obs))[1]))
+        if "_episode" in info:
+            for row in np.flatnonzero(info["_episode"]):
+                games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
+
+    rollout.next_values[:-1] = rollout.values[1:]
+    rollout.next_values[-1] = follower(leader(torch.from_numpy(obs).to(rollout.obs.device)))[1]
+    for t, cut, value in cuts:
+        rollout.next_values[t, cut.to(value.device)] = value
+    for target, source in zip((rollout.rewards, rollout.terminations, rollout.dones), (rewards, terminations, dones)):
+        target.copy_(torch.from_numpy(source))
+    return obs, games
+
+
+# ==================================================================================================
+# Advantages
+# ==================================================================================================
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, Eq. 16).
+
+    All tensors (T, N) float; `next_values[t]` is V of the observation that action t truly led to,
+    before any reset. A termination zeroes the bootstrap, either end cuts the trace.
+    Returns (advantages, returns), both (T, N).
+    """
+    deltas = rewards + gamma * next_values * (1 - terminations) - values  # (T, N)
+    decay = gamma * gae_lambda * (1 - dones)  # (T, N)
+    advantages = torch.zeros_like(rewards)
+    trace = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        trace = deltas[t] + decay[t] * trace
+        advantages[t] = trace
+    return advantages, advantages + values
+
+
+# ==================================================================================================
+# Losses
+# ==================================================================================================
+class Batch(NamedTuple):
+    """Transitions, flat: what the losses need of a rollout. B rows each."""
+
+    obs: torch.Tensor
+    actions: torch.Tensor
+    logprobs: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+def policy_objective(log_ratio, advantages, clip_coef):
+    """PPO's clipped surrogate, to maximise: (B,) log ratios and advantages -> (B,)."""
+    ratio = log_ratio.exp()
+    return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
+
+
+def follower_loss(logits, values, batch: Batch, args: Args):
+    """Algorithm 1, lines 14-17: -L_CLIP + vf_coef * L_V - ent_coef * H. Returns (loss, info), scalars."""
+    policy = action_distribution(logits)
+    log_ratio = policy.log_prob(batch.actions) - batch.logprobs  # (B,)
+    policy_loss = -policy_objective(log_ratio, batch.advantages, args.clip_coef).mean()
+    value_error = (values - batch.returns) ** 2  # (B,)
+    if args.clip_value_loss:
+        clipped = batch.values + (values - batch.values).clamp(-args.clip_coef, args.clip_coef)
+        value_error = torch.max(value_error, (clipped - batch.returns) ** 2)
+    value_loss = value_error.mean()
+    entropy = policy.entropy().mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # line 17
+    with torch.no_grad():
+        info = {
+            "losses/policy_loss": policy_loss.detach(),
+            "losses/value_loss": value_loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # http://joschu.net/blog/kl-approx.html
+            "losses/clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+        }
+    return loss, info
+
+
+# ==================================================================================================
+# Update
+# ==================================================================================================
+def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
+    """The rewards (T, N) that the advantages are made of."""
+    rewards = rollout.rewards
+    if args.norm_rewards:
+        rewards = leader.normaliser.scale_rewards(rewards, rollout.dones)
+    if args.clip_rewards:
+        rewards = rewards.clamp(-10, 10)
+    return rewards
+
+
+def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
+    minibatch = Batch(*(tensor[indices] for tensor in batch))
+    if args.norm_adv == "minibatch":
+        minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
+    return minibatch
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance, over the values of all processes."""
+    everything = torch.cat([values.to(x.device) for values in gather(x.cpu())]) if dist.is_initialized() else x
+    return (x - everything.mean()) / (everything.std() + 1e-8)
+
+
+def clip_gradients(loss: torch.Tensor, max_norm: float, **players: nn.Module) -> torch.Tensor:
+    """Average the players' gradients over processes, scale them down to `max_norm`. Returns their norm before.
+
+    Raises FloatingPointError, naming the first tensor that is not finite, before any harm is done.
+    """
+    parameters = {f"{player}.{n}": p for player, module in players.items() for n, p in module.named_parameters()}
+    average([parameter.grad for parameter in parameters.values()])
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters.values()])
+    if not (loss + norm).isfinite():
+        require_finite({f"the parameter {name}": parameter for name, parameter in parameters.items()})
+        require_finite({f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()})
+        require_finite({"the loss": loss, "the gradient's norm": norm})
+    nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+    return norm
+
+
+def require_finite(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite")
+
+
+@torch.no_grad()
+def check_agent(leader: Leader, follower: Follower, obs: torch.Tensor) -> None:
+    """Raises FloatingPointError if an update has left an agent that cannot act or must not be saved."""
+    players = {"leader": leader, "follower": follower}
+    require_finite({f"the parameter {name}.{n}": p for name in players for n, p in players[name].named_parameters()})
+    logits, values = follower(leader(obs))
+    require_finite({"the policy": logits, "the value": values})
+
+
+def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
+    """PPO: encoder and heads descend one loss under one norm clip. Two Adams of equal settings are one."""
+    logits, values = follower(leader(minibatch.obs))
+    loss, info = follower_loss(logits, values, minibatch, args)
+    leader_optimizer.zero_grad()
+    follower_optimizer.zero_grad()
+    loss.backward()
+    info["losses/grad_norm"] = clip_gradients(loss, args.max_grad_norm, leader=leader, follower=follower)
+    leader_optimizer.step()
+    follower_optimizer.step()
+    return info
+
+
+def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
+    """All epochs over one rollout. Returns the means of what the losses report."""
+    history = []
+    for _ in range(args.update_epochs):
+        epoch = []
+        for indices in torch.randperm(len(batch.obs)).to(batch.obs.device).split(args.minibatch_size):
+            minibatch = select_minibatch(batch, indices, args)
+            epoch.append(joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch, args))
+        history += epoch
+        if args.target_kl is not None and mean_info(epoch)["losses/approx_kl"] > args.target_kl:
+            break
+    check_agent(leader, follower, minibatch.obs)
+    return mean_info(history)
+
+
+def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Means over minibatches (and processes), fetched from the device at once."""
+    table = torch.stack([torch.stack(list(info.values())) for info in history])
+    average([table])
+    return dict(zip(history[0], table.mean(0).tolist()))
+
+
+# ==================================================================================================
+# Logging
+# ==================================================================================================
+PICTURE_INTERVAL = 100_000  # agent steps between two rounds of pictures
+
+
+def start_run(args: Args) -> Path:
+    """Create the run's folder, or check that `args.resume` is one that these arguments continue."""
+    if args.resume:
+        refuse_changes(Path(args.resume), args)
+        return Path(args.resume)
+    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    run_dir = gather(Path(args.run_dir or Path("runs") / name))[0]
+    if processes()[0] == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if any(run_dir.iterdir()):
+                fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
+        except (OSError, ValueError) as error:
+            fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
+        write_json(run_dir / "args.json", run_record(args))
+    return run_dir
+
+
+def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
+    """Open TensorBoard (and Weights & Biases). Of a resumed run, points after `global_step` are purged."""
+    record = run_record(args)
+    # The writer's thread hands its OSError to the main thread, which reports it (see `writing`).
+    threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
+    if args.track:
+        import wandb
+
+        identity = "-".join(run_dir.resolve().parts[-3:])
+        wandb.init(project="sprig", id=identity, resume="allow", config=record, sync_tensorboard=True)
+    if args.resume:
+        before = json.loads((run_dir / "args.json").read_text())
+        if before["versions"] != record["versions"]:
+            print(f"warning: {run_dir} was trained with {before['versions']}: not to the bit the same", file=sys.stderr)
+        history = before.get("resumed", []) + [{"step": global_step, "versions_before": before["versions"]}]
+        write_json(run_dir / "args.json", record | {"resumed": history})  # the new total, device, ...
+        return SummaryWriter(run_dir, purge_step=global_step + 1)
+    writer = SummaryWriter(run_dir)
+    rows = {**record["arguments"], **record["protocol"], **record["versions"]}
+    writer.add_text("hyperparameters", "|parameter|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in rows.items()))
+    return writer
+
+
+@contextlib.contextmanager
+def writing(run_dir: Path):
+    """A full disk or a removed folder ends the run with one line."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{run_dir} cannot be written: {error.strerror}; checkpoints that were saved before are untouched")
+
+
+def run_record(args: Args) -> dict:
+    """What a result depends on: arguments, protocol, versions."""
+    packages = ("torch", "gymnasium", "numpy", *SIMULATORS)
+    return {
+        "script": Path(__file__).name,
+        "arguments": dataclasses.asdict(args) | {"resume": ""},
+        "protocol": env_protocol(args),
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
+    }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def log_iteration(writer: SummaryWriter, metrics: dict, games: list, global_step: int, args: Args) -> None:
+    """Write the metrics of the iteration that ends at `global_step`, and its games where they ended."""
+    for t, episodic_return, episodic_length in games:
+        step = global_step - (args.num_steps - t) * args.num_envs
+        writer.add_scalar("charts/episodic_return", episodic_return, step)
+        writer.add_scalar("charts/episodic_length", episodic_length, step)
+    for tag, value in metrics.items():
+        writer.add_scalar(tag, value, global_step)
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
+    """1 - Var[returns - values] / Var[returns]: 1 is a perfect critic, 0 a constant one."""
+    return float(1 - (returns - values).var() / returns.var())
+
+
+# ==================================================================================================
+# Evaluation
+# ==================================================================================================
+@torch.inference_mode()
+def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.device) -> dict:
+    """Play `args.eval_episodes` whole games, unclipped, on seeds that training never used.
+
+    One environment per game, each game counted: taking the first games to end among many would
+    favour short ones. Leaves the global random state as it was.
+    """
+    num_games = args.eval_episodes
+    envs = make_envs(dataclasses.replace(args, num_envs=num_games))
+    obs, _ = envs.reset(seed=env_seeds(args.seed, 1, num_envs=num_games))  # stream 1; training is stream 0
+    returns, lengths, playing = np.zeros(num_games), np.zeros(num_games, dtype=int), np.ones(num_games, dtype=bool)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        while playing.any():
+            logits, _ = follower(leader(torch.from_numpy(obs[playing]).to(device)))
+            policy = action_distribution(logits)
+            action = (policy.mode if args.eval_greedy else policy.sample()).cpu().numpy()
+            actions = np.zeros((num_games, *action.shape[1:]), dtype=action.dtype)  # a finished game idles
+            actions[playing] = action
+            obs, _, _, _, info = envs.step(actions)
+            if "_episode" in info:
+                ended = info["_episode"] & playing
+                returns[ended], lengths[ended] = info["episode"]["r"][ended], info["episode"]["l"][ended]
+                playing &= ~ended
+    envs.close()
+    return {
+        "returns": returns.tolist(),
+        "lengths": lengths.tolist(),
+        "mean": float(returns.mean()),
+        "std": float(returns.std()),
+        "greedy": args.eval_greedy,
+        "protocol": env_protocol(args),
+    }
+
+
+# ==================================================================================================
+# Checkpoint
+# ==================================================================================================
+def write_atomically(path: Path, data: bytes) -> None:
+    """All or nothing: write to a name that no loader matches, sync, rename. Ends the run if that fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, shall outlast a power cut
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        fail(f"{path} cannot be written: {error.strerror}; what was saved before is untouched")
+
+
+def write_json(path: Path, record: dict) -> None:
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def write_state(path: Path, state: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def checkpoint_paths(run_dir: Path) -> list[Path]:
+    """Newest first."""
+    found = [path for path in run_dir.glob("checkpoint-*.pt") if path.stem.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")), reverse=True)
+
+
+def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
+    """Write checkpoint-<step>.pt: the state of all `parts`, `progress`, and the random state. Keeps the last two.
+
+    An emulator's state cannot be saved, so a checkpoint is a barrier for whoever runs on as for
+    whoever resumes: the caller restarts the games from a seed made of (seed, step).
+    """
+    state = {name: part.state_dict() for name, part in parts.items()} | {"progress": progress}
+    state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()})
+    if processes()[0] == 0:
+        write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
+        for path in checkpoint_paths(run_dir)[2:]:
+            path.unlink()
+
+
+def read_state(path: Path, parts: dict) -> dict:
+    """Put what a file holds of `parts` into them. Raises whatever is wrong with the file."""
+    with zipfile.ZipFile(path) as archive:  # torch writes check sums but does not read them
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
+
+
+def load_checkpoint(run_dir: Path, parts: dict) -> dict:
+    """Put the newest readable checkpoint into `parts`. Returns all that it holds."""
+    for path in checkpoint_paths(run_dir):
+        try:
+            state = read_state(path, parts)
+            return {key: state[key] for key in ("progress", "random")}
+        except Exception as error:  # whatever is wrong with this one, the one before may be good
+            print(f"warning: {path} cannot be read: {first_line(error)}", file=sys.stderr)
+    fail(f"{run_dir} holds no checkpoint that can be read; nothing was changed")
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def restore_random_state(states: list[dict]) -> None:
+    """Go on with the random numbers of the process that had this rank."""
+    rank, num_processes = processes()
+    if len(states) != num_processes:
+        fail(f"that run was trained by {len(states)} process(es), not {num_processes}; resume it with as many")
+    torch.set_rng_state(states[rank]["cpu"])
+    if len(states[rank]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states[rank]["cuda"])
+
+
+def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
+    """The weights of a finished run (model.pt), or of the newest checkpoint of one that is not."""
+    players, path = {"leader": leader, "follower": follower}, run_dir / "model.pt"
+    if not path.exists():
+        load_checkpoint(run_dir, players)
+        return
+    try:
+        read_state(path, players)
+    except Exception as error:
+        fail(f"{path} cannot be read: {first_line(error)}")
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file that is to be written anew, if it is there: evaluation.json becomes evaluation-1.json, -2, ..."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    if path.exists():
+        path.rename(next(name for name in names if not name.exists()))
+
+
+def evaluate_run(args: Args) -> dict:
+    """`--evaluate`: play the agent of a saved run, by the protocol of the evaluation after training."""
+    run_dir = Path(args.evaluate)
+    refuse_changes(run_dir, args)
+    if not args.eval_episodes:
+        fail("--evaluate needs at least one game: --eval-episodes")
+    device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    envs = make_envs(dataclasses.replace(args, num_envs=1))
+    leader = Leader(envs.single_observation_space, args)
+    follower = Follower(leader.num_features, envs.single_action_space)
+    envs.close()
+    load_agent(run_dir, leader, follower)
+    evaluation = evaluate(leader.to(device), follower.to(device), args, device)
+    report_evaluation(run_dir, evaluation)
+    return evaluation
+
+
+def report_evaluation(run_dir: Path, evaluation: dict) -> None:
+    set_aside(run_dir / "evaluation.json")
+    write_json(run_dir / "evaluation.json", evaluation)
+    games, mean, std = len(evaluation["returns"]), evaluation["mean"], evaluation["std"]
+    print(f"evaluation over {games} games: {mean:.1f} ± {std:.1f}")
+
+
+class StopSignal:
+    """SIGINT and SIGTERM: the first lets the iteration end and be saved, the second exits at once.
+
+    While `interrupt` is set, when all is saved already, the first raises KeyboardInterrupt.
+    """
+
+    def __init__(self):
+        self.requested, self.interrupt, self.previous = False, False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = True
+        if self.interrupt:
+            raise KeyboardInterrupt
+        with contextlib.suppress(OSError):  # print is not to be used here: the signal may fall into another print
+            os.write(2, b"\nstopping after this iteration; once more to exit at once\n")
+
+
+# ==================================================================================================
+# Main
+# ==================================================================================================
+def main(args: Args) -> dict:
+    """Train, evaluate, save. Returns the evaluation (empty with `--eval-episodes 0`)."""
+    args = check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    keep_freed_memory()
+    device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:  # torchrun: the games and each minibatch are split over its processes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, num_processes = processes()
+    share = {name: getattr(args, name) // num_processes for name in ("num_envs", "minibatch_size")}
+    my_args = dataclasses.replace(args, **share)
+
+    torch.manual_seed(args.seed)
+    envs = make_envs(my_args)
+    leader = Leader(envs.single_observation_space, args).to(device)
+    follower = Follower(leader.num_features, envs.single_action_space).to(device)
+    leader_optimizer, follower_optimizer = (
+        torch.optim.Adam([{"params": module.parameters()}], lr=args.learning_rate, eps=1e-5, fused=True)
+        for module in (leader, follower)
+    )
+    if rank:
+        torch.manual_seed(args.seed + (rank << 32))  # the same networks everywhere, other actions
+    run_dir = start_run(args)
+    parts = {"leader": leader, "follower": follower}
+    parts |= {"leader_optimizer": leader_optimizer, "follower_optimizer": follower_optimizer}
+    progress = {"global_step": 0, "recent_returns": [], "shown_obs": None}
+    if args.resume:
+        state = load_checkpoint(run_dir, parts)
+        restore_random_state(state["random"])
+        progress = state["progress"]
+    else:
+        save_checkpoint(run_dir, parts, progress)
+    if rank == 0 and progress["global_step"] + args.num_steps * args.num_envs <= args.total_timesteps:
+        set_aside(run_dir / "model.pt")  # of the end that this run had before it was extended
+        set_aside(run_dir / "evaluation.json")
+    writer = start_writer(run_dir, args, progress["global_step"]) if rank == 0 else None
+    stop = StopSignal()
+
+    rollout = allocate_rollout(my_args, envs, device)
+    rollout_size = args.num_steps * args.num_envs
+    num_iterations = args.total_timesteps // rollout_size
+    global_step, shown_obs = progress["global_step"], progress["shown_obs"]
+    recent_returns = deque(progress["recent_returns"], maxlen=20)
+    obs = restart(envs, args, global_step)
+    leader.normaliser.forget_episodes()
+    first_step, start_time, stopping = global_step, time.perf_counter(), False
+    bar = tqdm(
+        initial=global_step,
+        total=num_iterations * rollout_size,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 60,  # a log file gets a line a minute
+        disable=rank > 0,
+    )
+    with bar:  # closed, and its line ended, whatever happens
+        for iteration in range(global_step // rollout_size, num_iterations):
+            if args.anneal_lr:
+                for group in leader_optimizer.param_groups + follower_optimizer.param_groups:
+                    group["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+
+            obs, games = collect_rollout(envs, obs, leader, follower, rollout)
+            rewards = learner_rewards(rollout, leader, args)
+            ends = (rollout.terminations, rollout.dones)
+            advantages, returns = compute_gae(
+                rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda
+            )
+            if args.norm_adv == "rollout":
+                advantages = normalise(advantages)
+            columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
+            batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
+            try:
+                metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
+            except FloatingPointError as error:
+                fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {checkpoint_paths(run_dir)[0]}")
+            leader.normaliser.observe(batch.obs)
+
+            global_step += rollout_size
+            games = sorted(game for mine in gather(games) for game in mine)
+            recent_returns.extend(episodic_return for _, episodic_return, _ in games)
+            metrics["losses/explained_variance"] = np.mean(gather(explained_variance(batch.values, batch.returns)))
+            metrics["charts/learning_rate"] = leader_optimizer.param_groups[0]["lr"]
+            metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
+            if shown_obs is None:
+                shown_obs = batch.obs[-4:].clone()  # the same few for the whole run
+            if rank == 0:
+                with writing(run_dir):
+                    log_iteration(writer, metrics, games, global_step, args)
+                    if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
+                        for tag, picture in leader.pictures(shown_obs.to(device)).items():
+                            writer.add_image(tag, picture, global_step, dataformats="HWC")
+            mean_return = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
+            bar.set_postfix_str(f"return {mean_return}, {metrics['charts/SPS']:.0f} steps/s", refresh=False)
+            bar.update(rollout_size)
+
+            stopping = any(gather(stop.requested))
+            due = args.checkpoint_interval and global_step % args.checkpoint_interval < rollout_size
+            if due or stopping or iteration + 1 == num_iterations:
+                if rank == 0:
+                    with writing(run_dir):
+                        writer.flush()  # no logged point may be lost that the checkpoint counts as done
+                progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
+                save_checkpoint(run_dir, parts, progress)
+                obs = restart(envs, args, global_step)
+                leader.normaliser.forget_episodes()
+            if stopping:
+                break
+    envs.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank:
+        return {}  # the first process does the rest
+
+    evaluation = {}
+    try:
+        stop.interrupt = True
+        if stopping:
+            raise KeyboardInterrupt
+        write_state(run_dir / "model.pt", {"leader": leader.state_dict(), "follower": follower.state_dict()})
+        if args.eval_episodes:
+            evaluation = evaluate(leader, follower, args, device)
+            report_evaluation(run_dir, evaluation)
+            for statistic in ("mean", "std"):  # a step on, so that a resumed run purges and writes it anew
+                writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
+        print(f"run saved in {run_dir}")
+    except KeyboardInterrupt:
+        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+    stop.restore()
+    with writing(run_dir):
+        writer.close()
+    return evaluation
+
+
+if __name__ == "__main__":
+    main(parse_args())
