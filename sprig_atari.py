@@ -32,6 +32,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import functools
 import io
 import itertools
 import json
@@ -492,7 +493,7 @@ def attend(query, key, value, fused: bool = True) -> torch.Tensor:
     small enough for the plain product to be the faster one.
     """
     if not fused or query.shape[1] <= 100:
-        return attention_rows(query, key) @ value
+        return torch.bmm(attention_rows(query, key), value)
     if query.is_cuda:
         return F.scaled_dot_product_attention(*(x.unsqueeze(1) for x in (query, key, value))).squeeze(1)
     return TiledAttention.apply(query * query.shape[-1] ** -0.5, key, value)
@@ -500,7 +501,7 @@ def attend(query, key, value, fused: bool = True) -> torch.Tensor:
 
 def attention_rows(query, key) -> torch.Tensor:
     """Attention weights: query (B, r, d), key (B, n, d) -> (B, r, n), rows sum to 1."""
-    return (query * query.shape[-1] ** -0.5 @ key.transpose(1, 2)).softmax(-1)
+    return torch.bmm(query * query.shape[-1] ** -0.5, key.transpose(1, 2)).softmax(-1)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -564,7 +565,7 @@ class AttentionBlock(nn.Module):
         if num_rows is not None:
             drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]] if 0 < num_rows < n else query
             rows = attention_rows(drawn, key)  # (B, r, n)
-        attended = attend(query, key, value) if rows is None or drawn is not query else rows @ value  # (B, n, C)
+        attended = torch.bmm(rows, value) if rows is not None and drawn is query else attend(query, key, value)
         return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
 
 
@@ -694,13 +695,12 @@ def collect_rollout(
     """
     num_steps, num_envs = rollout.rewards.shape
     rewards, terminations, dones = (np.zeros((num_steps, num_envs), dtype=np.float32) for _ in range(3))
-    cuts, games = [], []
+    cuts, games, policies = [], [], []
     for t in range(num_steps):
         rollout.obs[t].copy_(torch.from_numpy(obs))
         logits, rollout.values[t] = follower(leader(rollout.obs[t]))
-        policy = action_distribution(logits)
-        action = policy.sample()
-        rollout.actions[t], rollout.logprobs[t] = action, policy.log_prob(action)
+        rollout.actions[t] = action = action_distribution(logits).sample()
+        policies.append(logits)
 
         obs, rewards[t], terminated, truncated, info = envs.step(action.cpu().numpy())
         terminations[t], dones[t] = terminated, terminated | truncated
@@ -712,6 +712,8 @@ def collect_rollout(
             for row in np.flatnonzero(info["_episode"]):
                 games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
 
+    logprobs = action_distribution(torch.cat(policies)).log_prob(rollout.actions.flatten(0, 1))  # (T·N,)
+    rollout.logprobs.copy_(logprobs.view(num_steps, num_envs))
     rollout.next_values[:-1] = rollout.values[1:]
     rollout.next_values[-1] = follower(leader(torch.from_numpy(obs).to(rollout.obs.device)))[1]
     for t, cut, value in cuts:
@@ -773,8 +775,8 @@ def perception_cost(attention: list[torch.Tensor], kind: str) -> torch.Tensor:
         n = weights.shape[-1]
         # DEVIATION: row 2, costs with a gradient beside the printed norm, which has none
         if kind == "entropy":  # mean_i H(A_i) / log n: 1 for uniform rows, 0 for one-hot rows
-            row_entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1)  # (B, r)
-            cost = row_entropy.mean(-1) / max(math.log(n), 1e-30)
+            entropies = -(weights * weights.clamp_min(1e-30).log()).sum((-2, -1))  # (B,) summed over rows
+            cost = entropies / (weights.shape[-2] * max(math.log(n), 1e-30))
         elif kind == "concentration":  # ‖A‖₁ induced, from [1, n] to [0, 1]: 1 if all rows look at one location
             if weights.shape[-2] != n:
                 raise ValueError(f"concentration needs all {n} query rows, not {weights.shape[-2]}")
@@ -783,9 +785,9 @@ def perception_cost(attention: list[torch.Tensor], kind: str) -> torch.Tensor:
             cost = weights.detach().abs().sum(-1).mean(-1) + 0 * weights.sum((-2, -1))
         else:
             raise ValueError(f"unknown perception cost {kind!r}: entropy, concentration or l1")
-        costs.append(cost.clamp(0, 1))
+        costs.append(cost)
     # DEVIATION: row 3, scaled to [0, 1] and averaged over layers where Eq. (9) adds up to 530
-    return torch.stack(costs).mean(0) if costs else torch.zeros(())
+    return torch.stack(costs).mean(0).clamp(0, 1) if costs else torch.zeros(())
 
 
 def leader_loss(logits, values, cost, batch: Batch, args: Args):
@@ -800,8 +802,9 @@ def leader_loss(logits, values, cost, batch: Batch, args: Args):
     # DEVIATION: row 1, α on the return as in Eq. (8); line 11 puts it on the cost
     mean_cost = cost.mean().to(logits.device)
     utility = alpha * policy_term - (1 - alpha) * args.perception_cost_weight * mean_cost  # Eq. (8), (9)
-    value_loss = ((values - batch.returns) ** 2).mean()
-    loss = -utility + args.leader_value_coef * value_loss  # Eq. (10)
+    loss = -utility  # Eq. (10)
+    if args.leader_value_coef:
+        loss = loss + args.leader_value_coef * ((values - batch.returns) ** 2).mean()
     info = {
         "leader/utility": utility.detach(),
         "leader/policy_term": policy_term.detach(),
@@ -823,12 +826,13 @@ def follower_loss(logits, values, batch: Batch, args: Args):
     entropy = policy.entropy().mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # line 17
     with torch.no_grad():
+        change = log_ratio.expm1()  # (B,) of the probability ratio from 1
         info = {
             "losses/policy_loss": policy_loss.detach(),
             "losses/value_loss": value_loss.detach(),
             "losses/entropy": entropy.detach(),
-            "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # http://joschu.net/blog/kl-approx.html
-            "losses/clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+            "losses/approx_kl": (change - log_ratio).mean(),  # http://joschu.net/blog/kl-approx.html
+            "losses/clipfrac": (change.abs() > args.clip_coef).float().mean(),
         }
     return loss, info
 
@@ -864,12 +868,18 @@ def normalise(x: torch.Tensor) -> torch.Tensor:
     return (x - everything.mean()) / (everything.std() + 1e-8)
 
 
+@functools.lru_cache(maxsize=8)
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Its parameters, remembered: to look for them anew takes a tenth of a small network's update."""
+    return dict(module.named_parameters())
+
+
 def clip_gradients(loss: torch.Tensor, max_norm: float, **players: nn.Module) -> torch.Tensor:
     """Average the players' gradients over processes, scale them down to `max_norm`. Returns their norm before.
 
     Raises FloatingPointError, naming the first tensor that is not finite, before any harm is done.
     """
-    parameters = {f"{player}.{n}": p for player, module in players.items() for n, p in module.named_parameters()}
+    parameters = {f"{player}.{n}": p for player, module in players.items() for n, p in named_parameters(module).items()}
     average([parameter.grad for parameter in parameters.values()])
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters.values()])
     if not (loss + norm).isfinite():
@@ -923,13 +933,16 @@ def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method="first-
 
 def call_with(module: nn.Module, parameters: list[torch.Tensor], *inputs, **options):
     """module(*inputs) as a function of its parameters."""
-    return functional_call(module, dict(zip(dict(module.named_parameters()), parameters)), inputs, options)
+    own = named_parameters(module)
+    if all(own_parameter is given for own_parameter, given in zip(own.values(), parameters)):
+        return module(*inputs, **options)  # the same, with less ado
+    return functional_call(module, dict(zip(own, parameters)), inputs, options)
 
 
 def descend(optimizer, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **player: nn.Module):
     """One step of one player along `gradients`, clipped to `max_norm`. Returns their norm before."""
     (module,) = player.values()
-    for parameter, gradient in zip(module.parameters(), gradients):
+    for parameter, gradient in zip(named_parameters(module).values(), gradients):
         parameter.grad = gradient
     norm = clip_gradients(loss, max_norm, **player)
     optimizer.step()
@@ -938,7 +951,7 @@ def descend(optimizer, loss: torch.Tensor, gradients: list[torch.Tensor], max_no
 
 def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
     """SPRIG: leader, then follower, on one minibatch (Algorithm 1, lines 6-18)."""
-    theta, phi = list(leader.parameters()), list(follower.parameters())
+    theta, phi = (list(named_parameters(player).values()) for player in (leader, follower))
     seen = {}
 
     def leader_loss_fn(theta, phi):
