@@ -313,7 +313,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             import shimmy
 
             gym.register_envs(shimmy)
-        family = family or gym.spec(args.env_id).entry_point.rpartition(".")[0]
+        family = family or str(gym.spec(args.env_id).entry_point)
         env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, render_mode=render_mode)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         package = next((EXTRAS[module] for module in EXTRAS if family.startswith(module)), None)
@@ -331,7 +331,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.ClipAction(env)
     elif not isinstance(actions, gym.spaces.Discrete) or actions.start:
         fail(f"--env-id {args.env_id} takes actions from {actions}; only vectors and choices from 0 on are supported")
-    return gym.wrappers.DtypeObservation(env, np.float32)
+    space = gym.spaces.Box(-np.inf, np.inf, observations.shape, np.float32)
+    return gym.wrappers.TransformObservation(env, lambda obs: obs.astype(np.float32), space)
 
 
 def env_protocol(args: Args) -> dict:
@@ -367,7 +368,7 @@ def observation_names(args: Args) -> list[str]:
             [f"{kind} {joint.name}" for joint in joints for _ in getattr(joint, attribute)]
             for kind, attribute in (("pos", "qpos0"), ("vel", "damping"))
         )
-        names = position[parts.pop("skipped_qpos") :] + velocity
+        names = position[parts.pop("skipped_qpos", 0) :] + velocity
         parts = {key: count for key, count in parts.items() if key not in ("qpos", "qvel")}
         names += [f"{key} {i}" for key, count in parts.items() for i in range(count)]
     else:

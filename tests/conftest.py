@@ -12,10 +12,13 @@ import pytest
 import torch
 
 import ppo_atari_baseline
+import ppo_continuous_baseline
 import sprig_atari
+import sprig_continuous
 
 ROOT = Path(__file__).parent.parent
 TWINS = {"ppo_atari_baseline": ppo_atari_baseline, "sprig_atari": sprig_atari}
+CONTINUOUS = {"ppo_continuous_baseline": ppo_continuous_baseline, "sprig_continuous": sprig_continuous}
 
 
 @pytest.fixture(params=TWINS.values(), ids=TWINS.keys())
