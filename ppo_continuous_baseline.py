@@ -303,6 +303,11 @@ ENTRY_NAMES = {  # Gymnasium documents these; those of MuJoCo and DM Control can
 }
 
 
+def pass_on_warning(message: str) -> None:
+    if "deprecated" not in message:  # of the task's own model file, which is not ours to change
+        print(f"warning: MuJoCo: {message}", file=sys.stderr)
+
+
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment: dictionaries flattened, observations float32 (n,), Box actions clipped to their bounds."""
     family = "shimmy" if args.env_id.startswith("dm_control/") else ""
@@ -314,6 +319,10 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
             gym.register_envs(shimmy)
         family = family or str(gym.spec(args.env_id).entry_point)
+        if "mujoco" in family or family == "shimmy":
+            import mujoco
+
+            mujoco.set_mju_user_warning(pass_on_warning)  # instead of into a file in the current folder
         env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, render_mode=render_mode)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         package = next((EXTRAS[module] for module in EXTRAS if family.startswith(module)), None)

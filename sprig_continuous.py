@@ -354,6 +354,11 @@ ENTRY_NAMES = {  # Gymnasium documents these; those of MuJoCo and DM Control can
 }
 
 
+def pass_on_warning(message: str) -> None:
+    if "deprecated" not in message:  # of the task's own model file, which is not ours to change
+        print(f"warning: MuJoCo: {message}", file=sys.stderr)
+
+
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment: dictionaries flattened, observations float32 (n,), Box actions clipped to their bounds."""
     family = "shimmy" if args.env_id.startswith("dm_control/") else ""
@@ -365,6 +370,10 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
             gym.register_envs(shimmy)
         family = family or str(gym.spec(args.env_id).entry_point)
+        if "mujoco" in family or family == "shimmy":
+            import mujoco
+
+            mujoco.set_mju_user_warning(pass_on_warning)  # instead of into a file in the current folder
         env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, render_mode=render_mode)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         package = next((EXTRAS[module] for module in EXTRAS if family.startswith(module)), None)
@@ -709,11 +718,11 @@ class Leader(nn.Module):
 
 
 def attention_map(weights: np.ndarray, names: list[str]) -> np.ndarray:
-    """Draw A (n, n), row i the attention that entry i pays: white 0, black where n times the uniform 1/n or 1."""
+    """Draw A (n, n), row i the attention that entry i pays: white none, grey the uniform 1/n, dark much more."""
     n = len(weights)
     cell = max(1, min(24, 480 // n))  # pixels
     margin = 8 * max(map(len, names)) if cell >= 10 else 0
-    shade = np.sqrt(weights.clip(0, 1))  # the root, so that a uniform row of many entries still shows
+    shade = n * weights / (1 + n * weights)
     picture = np.full((n * cell + 2 * cell, margin + n * cell + 2 * cell, 3), 255, dtype=np.uint8)
     heat = (255 * (1 - shade)).astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
     picture[cell : cell + n * cell, margin + cell : margin + cell + n * cell] = heat[..., None]

@@ -2,27 +2,32 @@
 
     python watch.py runs/<run>
 
-Writes <run>/watch.mp4 and <run>/watch.png (a contact sheet). Every picture shows one moment: the newest frame of
-the observation, upscaled; on it, for each attention layer of a SPRIG run, the attention that each location receives
-(red: more than uniform, dark: less; see `attention_overlay`); below, the probability of each action, the value, and
-the score so far. A PPO run has no attention to show.
+Writes <run>/watch.mp4 and <run>/watch.png (a contact sheet). Every picture shows one moment. Of an Atari run: the
+newest frame of the observation, upscaled; on it, for each attention layer of SPRIG, the attention that each location
+receives (red: more than uniform, dark: less; see `attention_overlay`). Of a run on state vectors: the rendered
+environment, and for each attention layer which entry of the observation (row) attends to which (see `attention_map`).
+Below: the probability of each action, or the mean of each entry of the action; the value, and the score so far. A PPO
+run has no attention to show.
 """
 
 import dataclasses
 import importlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 import tyro
 
-SCRIPTS = ("sprig_atari.py", "ppo_atari_baseline.py")
+SCRIPTS = ("sprig_atari.py", "ppo_atari_baseline.py", "sprig_continuous.py", "ppo_continuous_baseline.py")
+TITLE = 26  # height of the strip above each picture, in screen pixels
 PANEL = 130  # height of the panel below the pictures, in screen pixels
+SIDE = 384  # height of the pictures of an environment and of its attention maps
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -37,11 +42,20 @@ class Args:
     greedy: bool = False
     """take the most probable action instead of sampling it"""
     fps: float = 15.0
-    """pictures per second; 15 agent steps of 4 frames are one second of the game"""
+    """pictures per second; 15 agent steps of 4 frames are one second of an Atari game"""
     sheet: int = 12
     """pictures on the contact sheet"""
     output: Path | None = None
     """folder of the video and the sheet (default: the run's)"""
+
+
+class Moment(NamedTuple):
+    """What one picture shows."""
+
+    pictures: list[tuple[str, np.ndarray]]  # title and RGB image (H, W, 3) uint8, of one height
+    actions: list[tuple[str, float, str]]  # name, height of its bar in [-1, 1], what to write below
+    value: float
+    score: float
 
 
 def load_run(run: Path):
@@ -52,55 +66,122 @@ def load_run(run: Path):
         raise SystemExit(f"error: {run} is not the folder of a run: {error}") from None
     if name not in SCRIPTS:
         raise SystemExit(f"error: {run} is a run of {name}, which cannot be watched; {', '.join(SCRIPTS)} can")
+    if "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
     script = importlib.import_module(Path(name).stem)
     args = dataclasses.replace(script.read_args(run), num_envs=1)
-    envs = script.make_envs(args)
+    envs = script.make_envs(args, **({} if "atari" in name else {"render_mode": "rgb_array"}))
     leader = script.Leader(envs.single_observation_space, args)
     follower = script.Follower(leader.num_features, envs.single_action_space)
     script.load_agent(run, leader, follower)
     return script, args, leader, follower, envs
 
 
-def play(script, leader, follower, envs, args: Args):
-    """Yields (observation (4, 84, 84), attention received per layer, probabilities, value, score) of each step."""
-    torch.manual_seed(args.seed)
-    obs, _ = envs.reset(seed=script.env_seeds(args.seed, 2, num_envs=1))  # stream 2: neither training nor evaluation
+def play(script, args, leader, follower, envs, settings: Args):
+    """Yields the `Moment` before each step of one game."""
+    torch.manual_seed(settings.seed)
+    obs, _ = envs.reset(seed=script.env_seeds(settings.seed, 2, num_envs=1))  # stream 2: not training, not evaluation
+    view = AtariView(script, envs) if hasattr(envs, "env") and "ale" in type(envs.unwrapped).__module__ else None
+    view = view or VectorView(script, envs, args)
     score = 0.0
-    for _ in range(args.steps):
+    for _ in range(settings.steps):
         with torch.inference_mode():
             seen = torch.from_numpy(obs)
-            received = [layer[0].numpy() for layer in leader.attention_received(seen)]
             logits, value = follower(leader(seen))
             policy = script.action_distribution(logits)
-            action = logits.argmax(-1) if args.greedy else policy.sample()
-        yield obs[0], received, policy.probs[0].numpy(), value.item(), score
+            action = policy.mode if settings.greedy else policy.sample()
+            pictures = view.pictures(seen, leader)
+        yield Moment(pictures, view.actions(policy), value.item(), score)
         obs, rewards, _, _, info = envs.step(action.numpy())
         score += float(rewards[0])
         if "_episode" in info:
             return
 
 
-def draw(script, obs, received, probabilities, value, score, actions: list[str]) -> np.ndarray:
+class AtariView:
+    """The newest frame, and on it the attention that each location receives."""
+
+    def __init__(self, script, envs):
+        self.overlay = getattr(script, "attention_overlay", None)
+        self.names = [action.name for action in envs.unwrapped.ale.get_action_set()]
+
+    def pictures(self, obs: torch.Tensor, leader) -> list[tuple[str, np.ndarray]]:
+        frame, received = obs[0, -1].numpy(), leader.attention_received(obs)
+        pictures = [("seen", cv2.cvtColor(frame, cv2.COLOR_GRAY2RGB))]
+        for layer, weights in enumerate(received):
+            pictures.append((f"layer {layer + 1} attends", self.overlay(frame, weights[0].numpy(), layer)))
+        scale = 4 if received else 8  # screen pixels per observed pixel
+        return [(title, picture.repeat(scale, axis=0).repeat(scale, axis=1)) for title, picture in pictures]
+
+    def actions(self, policy) -> list[tuple[str, float, str]]:
+        probabilities = policy.probs[0].tolist()
+        return [(name, p, f"{100 * p:.0f}%") for name, p in zip(self.names, probabilities)]
+
+
+class VectorView:
+    """The rendered environment, and beside it which entry attends to which."""
+
+    def __init__(self, script, envs, args):
+        self.script, self.envs, self.names = script, envs, script.observation_names(args)
+        self.screen = True
+
+    def pictures(self, obs: torch.Tensor, leader) -> list[tuple[str, np.ndarray]]:
+        pictures = [("environment", self.render())]
+        if leader.attention_received(obs):
+            for layer, weights in enumerate(leader(obs, num_rows=0)[1]):
+                names = self.names if layer == 0 else [""] * len(self.names)
+                picture = self.script.attention_map(weights[0].numpy(), names)
+                pictures.append((f"layer {layer + 1}", to_height(picture)))
+        return pictures
+
+    def render(self) -> np.ndarray:
+        if self.screen:
+            try:
+                return to_height(self.envs.render()[0])
+            except Exception as error:  # of any graphics library
+                print(f"warning: the environment cannot be rendered: {error}", file=sys.stderr)
+                self.screen = False
+        return np.full((SIDE, SIDE, 3), 60, dtype=np.uint8)
+
+    def actions(self, policy) -> list[tuple[str, float, str]]:
+        if hasattr(policy, "probs"):
+            return [(f"action {i}", p, f"{100 * p:.0f}%") for i, p in enumerate(policy.probs[0].tolist())]
+        space = self.envs.unwrapped.envs[0].unwrapped.action_space  # its bounds, in which actions are clipped
+        means = policy.mean[0].numpy()
+        shares = np.clip(means / np.maximum(np.abs(space.low), np.abs(space.high)), -1, 1)
+        return [(f"action {i}", float(share), f"{mean:.2f}") for i, (share, mean) in enumerate(zip(shares, means))]
+
+
+def to_height(picture: np.ndarray) -> np.ndarray:
+    """Scale to SIDE screen pixels of height."""
+    height, width = picture.shape[:2]
+    method = cv2.INTER_AREA if height > SIDE else cv2.INTER_NEAREST
+    return cv2.resize(picture, (max(1, round(width * SIDE / height)), SIDE), interpolation=method)
+
+
+def draw(moment: Moment) -> np.ndarray:
     """One picture (H, W, 3), RGB uint8."""
-    frame, scale = obs[-1], 4 if received else 8  # screen pixels per observed pixel
-    pictures = [("seen", cv2.cvtColor(frame, cv2.COLOR_GRAY2RGB))]
-    for layer, weights in enumerate(received):
-        pictures.append((f"layer {layer + 1} attends", script.attention_overlay(frame, weights, layer)))
     tiles = []
-    for title, picture in pictures:
-        tile = picture.repeat(scale, axis=0).repeat(scale, axis=1)
-        cv2.putText(tile, title, (8, 18), FONT, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
-        tiles.append(tile)
-    panel = np.full((PANEL, tiles[0].shape[1] * len(tiles), 3), 24, dtype=np.uint8)
-    cv2.putText(panel, f"score {score:.0f}    value {value:.2f}", (8, 20), FONT, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
-    width = panel.shape[1] // len(actions)
-    for i, (name, probability) in enumerate(zip(actions, probabilities)):
-        left, height = i * width + 4, round(float(probability) * 60)
-        chosen = (120, 200, 255) if probability == max(probabilities) else (110, 110, 110)
-        cv2.rectangle(panel, (left, 96 - height), (left + width - 8, 96), chosen, -1)
+    for title, picture in moment.pictures:
+        strip = np.full((TITLE, picture.shape[1], 3), 24, dtype=np.uint8)
+        cv2.putText(strip, title, (8, 18), FONT, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
+        tiles.append(np.vstack([strip, picture]))
+    panel = np.full((PANEL, sum(tile.shape[1] for tile in tiles), 3), 24, dtype=np.uint8)
+    line = f"score {moment.score:.5g}    value {moment.value:.2f}"
+    cv2.putText(panel, line, (8, 20), FONT, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
+    width = panel.shape[1] // len(moment.actions)
+    signed = any(share < 0 for _, share, _ in moment.actions)
+    base, full = (64, 30) if signed else (96, 60)
+    strongest = max(share for _, share, _ in moment.actions)
+    for i, (name, share, label) in enumerate(moment.actions):
+        left, end = i * width + 4, base - round(share * full)
+        colour = (
+            (120, 200, 255) if share == strongest and not signed else (110, 150, 180) if signed else (110, 110, 110)
+        )
+        cv2.rectangle(panel, (left, min(base, end)), (left + width - 8, max(base, end)), colour, -1)
         size = min(0.4, 0.4 * (width - 6) / cv2.getTextSize(name, FONT, 0.4, 1)[0][0])
         cv2.putText(panel, name, (left, 110), FONT, size, (220, 220, 220), 1, cv2.LINE_AA)
-        cv2.putText(panel, f"{100 * probability:.0f}%", (left, 124), FONT, size, (160, 160, 160), 1, cv2.LINE_AA)
+        cv2.putText(panel, label, (left, 124), FONT, size, (160, 160, 160), 1, cv2.LINE_AA)
     return np.vstack([np.hstack(tiles), panel])
 
 
@@ -115,32 +196,34 @@ def main(args: Args) -> tuple[Path, Path]:
     """Play, draw, write. Returns the paths of the video and of the contact sheet."""
     if args.steps < 1 or args.sheet < 1 or not args.fps > 0:
         raise SystemExit("error: --steps, --sheet and --fps must be positive")
-    script, _, leader, follower, envs = load_run(args.run)
-    actions = [action.name for action in envs.env.ale.get_action_set()]
+    script, run_args, leader, follower, envs = load_run(args.run)
     output = args.output or args.run
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"error: --output {output} cannot be written: {error.strerror}") from None
     video_path, sheet_path = output / "watch.mp4", output / "watch.png"
-    video, moments = None, []
-    for moment in play(script, leader, follower, envs, args):
-        picture = draw(script, *moment, actions)
+    video, kept, stride, steps = None, [], 1, 0
+    for moment in play(script, run_args, leader, follower, envs, args):
+        picture = draw(moment)
         if video is None:
             size = (picture.shape[1], picture.shape[0])
             video = cv2.VideoWriter(str(video_path), cv2.VideoWriter_fourcc(*"mp4v"), args.fps, size)
             if not video.isOpened():
                 raise SystemExit(f"error: {video_path} cannot be written")
         video.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-        moments.append(moment)
+        if steps % stride == 0:  # for the sheet: evenly spaced, however long the game will be
+            kept.append(picture)
+        if len(kept) > 4 * args.sheet:
+            kept, stride = kept[::2], 2 * stride
+        steps += 1
     video.release()
     envs.close()
-    chosen = np.linspace(0, len(moments) - 1, min(args.sheet, len(moments))).round().astype(int)
-    pictures = [draw(script, *moments[i], actions) for i in chosen]
-    sheet = contact_sheet(pictures, columns=2 if pictures[0].shape[1] > 1000 else 4)
+    chosen = np.linspace(0, len(kept) - 1, min(args.sheet, len(kept))).round().astype(int)
+    sheet = contact_sheet([kept[i] for i in chosen], columns=2 if kept[0].shape[1] > 1000 else 4)
     if not cv2.imwrite(str(sheet_path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR)):
         raise SystemExit(f"error: {sheet_path} cannot be written")
-    print(f"{len(moments)} steps in {video_path}, contact sheet in {sheet_path}")
+    print(f"{steps} steps in {video_path}, contact sheet in {sheet_path}")
     return video_path, sheet_path
 
 

@@ -4,23 +4,38 @@ import re
 import tomllib
 
 import pytest
-from conftest import ROOT, TWINS
+from conftest import CONTINUOUS, ROOT, TWINS
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_inline_metadata_pins_what_requirements_pin(name):
+def inline_dependencies(name):
     block = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / f"{name}.py").read_text(), re.M | re.S).group(1)
-    metadata = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))
-    assert metadata["dependencies"] == (ROOT / "requirements.txt").read_text().split()
-    assert all("==" in dependency for dependency in metadata["dependencies"])
+    return tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))["dependencies"]
 
 
-def test_every_deviation_has_its_row_and_every_row_its_deviation():
-    in_code = set(re.findall(r"# DEVIATION: row (\d+)", (ROOT / "sprig_atari.py").read_text()))
+@pytest.mark.parametrize("name", [*TWINS, *CONTINUOUS])
+def test_inline_metadata_pins_what_requirements_pin(name):
+    required = (ROOT / "requirements.txt").read_text().split()
+    dependencies = inline_dependencies(name)
+    assert all("==" in dependency for dependency in dependencies) and set(dependencies) <= set(required)
+    imported = set(re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.M))
+    for package in {"torch", "gymnasium", "ale_py", "tyro", "cv2", "tqdm", "numpy"} & imported:
+        distribution = {"cv2": "opencv-python", "ale_py": "ale-py"}.get(package, package)
+        assert any(dependency.startswith(f"{distribution}==") for dependency in dependencies), package
+
+
+def test_requirements_hold_nothing_that_no_script_asks_for():
+    everything = {dependency for name in [*TWINS, *CONTINUOUS] for dependency in inline_dependencies(name)}
+    assert everything == set((ROOT / "requirements.txt").read_text().split())
+
+
+@pytest.mark.parametrize("family", [TWINS, CONTINUOUS], ids=["atari", "continuous"])
+def test_every_deviation_has_its_row_and_every_row_its_deviation(family):
+    baseline, sprig = family
+    in_code = set(re.findall(r"# DEVIATION: row (\d+)", (ROOT / f"{sprig}.py").read_text()))
     rows = re.findall(r"^\| (\d+) \|.*\| (yes|no) \|$", (ROOT / "docs" / "paper.md").read_text(), re.M)
     assert [int(row) for row, _ in rows] == list(range(1, 11))
     assert in_code == {row for row, marked in rows if marked == "yes"}
-    assert "DEVIATION" not in (ROOT / "ppo_atari_baseline.py").read_text()
+    assert "DEVIATION" not in (ROOT / f"{baseline}.py").read_text()
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/paper.md"])

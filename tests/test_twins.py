@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, TWINS, build, random_batch
+from conftest import CONTINUOUS, ROOT, TWINS, build, random_batch
 
 import ppo_atari_baseline as ppo
 import sprig_atari as sprig
@@ -22,33 +22,66 @@ def sections(path):
     return dict(zip(parts[1::2], parts[2::2]))
 
 
-@pytest.mark.parametrize("name", TWINS)
+FAMILIES = {"atari": list(TWINS), "continuous": list(CONTINUOUS)}
+
+
+@pytest.mark.parametrize("name", [*TWINS, *CONTINUOUS])
 def test_banners_stand_in_the_agreed_order(name):
     assert list(sections(ROOT / f"{name}.py")) == BANNERS
 
 
+def definitions(name, banner):
+    """Top-level definition -> its text."""
+    text = sections(ROOT / f"{name}.py")[banner]
+    return dict(re.findall(r"^((?:def|class) \w+)(.*?)(?=^\S|\Z)", text, re.M | re.S))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("banner", [b for b in BANNERS if b not in ("Arguments", "Leader", "Losses", "Update")])
-def test_shared_sections_are_the_same_text(banner):
-    a, b = (sections(ROOT / f"{name}.py")[banner] for name in TWINS)
+def test_shared_sections_are_the_same_text(banner, family):
+    a, b = (sections(ROOT / f"{name}.py")[banner] for name in FAMILIES[family])
     assert a == b
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("banner", ["Arguments", "Losses", "Update"])
-def test_sprig_keeps_every_top_level_definition_of_ppo(banner):
+def test_sprig_keeps_every_top_level_definition_of_ppo(banner, family):
     """What both define is the same text, except where the algorithm is."""
-    definitions = [
-        dict(re.findall(r"^((?:def|class) \w+)(.*?)(?=^\S|\Z)", sections(ROOT / f"{name}.py")[banner], re.M | re.S))
-        for name in TWINS
-    ]
+    ppo_has, sprig_has = (definitions(name, banner) for name in FAMILIES[family])
     algorithm = {"class Args", "def check_args", "def learner_rewards", "def update"}
-    for key, text in definitions[0].items():
-        assert key in definitions[1]
+    for key, text in ppo_has.items():
+        assert key in sprig_has
         if key not in algorithm:
-            assert definitions[1][key].rstrip() == text.rstrip(), key
+            assert sprig_has[key].rstrip() == text.rstrip(), key
+
+
+@pytest.mark.parametrize("names", zip(TWINS, CONTINUOUS), ids=["ppo", "sprig"])
+@pytest.mark.parametrize("banner", ["Rollout", "Advantages", "Losses", "Logging", "Evaluation", "Checkpoint"])
+def test_continuous_shares_whole_sections_with_atari(banner, names):
+    a, b = (sections(ROOT / f"{name}.py")[banner] for name in names)
+    assert a == b
+
+
+@pytest.mark.parametrize("names", zip(TWINS, CONTINUOUS), ids=["ppo", "sprig"])
+def test_continuous_differs_from_atari_by_the_normaliser_alone(names):
+    atari, continuous = (sections(ROOT / f"{name}.py")["Main"].splitlines() for name in names)
+    assert atari == [line for line in continuous if "leader.normaliser." not in line]
+    assert len(continuous) - len(atari) == 3
+    for banner in ("Arguments", "Update"):
+        atari, continuous = (definitions(name, banner) for name in names)
+        for key, text in atari.items():
+            if key not in ("class Args", "def check_args", "def learner_rewards"):
+                assert continuous[key].rstrip() == text.rstrip(), key
+    atari, continuous = (definitions(name, "Leader") for name in names)
+    for key in {"def attend", "def attention_rows", "class TiledAttention"} & atari.keys():
+        assert continuous[key] == atari[key], key
 
 
 def test_sprig_has_every_flag_of_ppo_with_the_same_default():
     assert vars(ppo.Args()).items() <= vars(sprig.Args()).items()
+    ppo_continuous, sprig_continuous = CONTINUOUS.values()
+    assert vars(ppo_continuous.Args()).items() <= vars(sprig_continuous.Args()).items()
+    assert vars(sprig.Args()).keys() ^ vars(sprig_continuous.Args()).keys() == {"norm_obs", "norm_rewards"}
 
 
 @pytest.mark.parametrize("norm_adv", ["rollout", "minibatch"])
