@@ -83,8 +83,8 @@ class Args:
     """folder of the run, new or empty (default: runs/<env>__<script>__<seed>__<time>)"""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one"""
-    threads: int = 0
-    """CPU threads of the networks and of the emulator (0: as many as there are cores)"""
+    threads: int = 1
+    """CPU threads of the networks, for which one is usually the fastest (0: as many as there are cores)"""
     eval_episodes: int = 10
     """whole games played after training, on fresh seeds (0: none)"""
     eval_greedy: bool = False

@@ -159,3 +159,41 @@ def test_protocol_is_read_from_the_id(script, env_id, game, sticky):
 def test_seeds_of_neighbouring_runs_do_not_overlap(script):
     seeds = np.concatenate([script.env_seeds(s, stream, num_envs=8) for s in range(50) for stream in range(3)])
     assert len(np.unique(seeds)) == len(seeds) and seeds.min() >= 0 and seeds.max() < 2**31
+
+
+def test_robustness_switches_disturb_what_is_seen_and_delay_what_is_paid(script):
+    common = {"num_envs": 2, "max_episode_steps": 500}
+    switches = {"observation_noise": 0.1, "distractors": 12, "reward_delay": 7}
+    plain, disturbed, again = (
+        list(play(script.make_envs(script.Args(**common, **more)), 510)) for more in ({}, switches, switches)
+    )
+    unpaid, games, noisy = np.zeros(2), 0, []
+    for t, ((rewards, terms, truncs, info, obs), step, repeated) in enumerate(zip(plain[1:], disturbed[1:], again[1:])):
+        paid, seen = step[0], step[4]
+        np.testing.assert_array_equal(seen, repeated[4])  # the noise, too, comes from the seed
+        assert seen.dtype == np.uint8 and seen.shape == obs.shape
+        difference = seen.astype(int) - obs
+        inside = (obs[..., 12:, :] > 80) & (obs[..., 12:, :] < 175)  # where three deviations are not clipped
+        noisy.append(difference[..., 12:, :][inside])
+        if t % 50 == 0:
+            assert seen[..., :12, :].mean() == pytest.approx(127.5, abs=3) and seen[..., :12, :].std() > 70
+        unpaid += rewards
+        ended = terms | truncs
+        assert (paid[ended] == unpaid[ended]).all() and ((paid == unpaid) | (paid == 0)).all()
+        unpaid[paid != 0] = 0
+        if "_episode" in info:
+            assert (info["episode"]["r"] == step[3]["episode"]["r"]).all(), "logged returns are not touched"
+            games += info["_episode"].sum()
+            assert step[3]["final_obs"].shape == info["final_obs"].shape
+    assert np.concatenate(noisy).std() == pytest.approx(0.1 * 255, rel=0.05)
+    assert games >= 2 and sum((step[0] != 0).sum() for step in plain[1:]) > sum(
+        (s[0] != 0).sum() for s in disturbed[1:]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"distractors": 85}, "84 rows"), ({"reward_delay": 0}, "at least 1")]
+)
+def test_impossible_switches_are_refused(script, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        script.main(script.Args(**changes))

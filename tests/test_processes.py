@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, TWINS, build, random_batch
+from conftest import CONTINUOUS, ROOT, TWINS, build, random_batch
 from test_runs import scalars
 
 import ppo_atari_baseline
@@ -56,7 +56,27 @@ def test_two_processes_update_like_one(name, settings, tmp_path):
                 assert info[tag] == pytest.approx(expected_info[tag], abs=1e-4), tag
 
 
-@pytest.mark.parametrize("name", TWINS)
+def observe_part(rank, num_processes, data, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_processes)
+    moments = CONTINUOUS["sprig_continuous"].RunningMoments(3)
+    for part in data:
+        moments.observe(part.chunk(num_processes)[rank])
+    torch.save(moments.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_observe_like_one(tmp_path):
+    data = [torch.randn(20, 3) * 5 + 40, torch.randn(60, 3)]
+    mp.spawn(observe_part, args=(2, data, str(tmp_path)), nprocs=2)
+    everything = torch.cat(data)
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt")
+        assert state["count"] == 80
+        torch.testing.assert_close(state["mean"], everything.mean(0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(state["var"], everything.var(0, correction=0), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*TWINS, "sprig_continuous"])
 def test_torchrun_trains_and_resumes(name, tmp_path):
     def run(*flags):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -64,11 +84,16 @@ def test_torchrun_trains_and_resumes(name, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     settings = {"num-envs": 4, "num-steps": 16, "minibatch-size": 16, "max-episode-steps": 20, "eval-episodes": 1}
+    if name in CONTINUOUS:
+        settings |= {"env-id": "Pendulum-v1"}
     flags = [f"--{key}={value}" for key, value in settings.items()]
     first = run(*flags, f"--run-dir={tmp_path}/run", "--total-timesteps=128")
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("evaluation over 1 games") == 1, "the first process alone reports"
     assert len(scalars(tmp_path / "run")["charts/episodic_return"]) == 4, "the games of both processes are logged"
+    if name in CONTINUOUS:
+        normaliser = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["leader"]
+        assert normaliser["normaliser.entries.count"] == 128, "the observations of both processes count"
     again = run(f"--resume={tmp_path}/run", "--total-timesteps=192")
     assert again.returncode == 0, again.stderr
     assert [step for step, _ in scalars(tmp_path / "run")["losses/entropy"]] == [64, 128, 192]
