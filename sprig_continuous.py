@@ -889,8 +889,8 @@ def perception_cost(attention: list[torch.Tensor], kind: str) -> torch.Tensor:
         n = weights.shape[-1]
         # DEVIATION: row 2, costs with a gradient beside the printed norm, which has none
         if kind == "entropy":  # mean_i H(A_i) / log n: 1 for uniform rows, 0 for one-hot rows
-            entropies = -(weights * weights.clamp_min(1e-30).log()).sum((-2, -1))  # (B,) summed over rows
-            cost = entropies / (weights.shape[-2] * max(math.log(n), 1e-30))
+            negentropies = (weights * (weights + 1e-30).log()).sum((-2, -1))  # (B,) of all rows together
+            cost = negentropies / (-weights.shape[-2] * max(math.log(n), 1e-30))
         elif kind == "concentration":  # ‖A‖₁ induced, from [1, n] to [0, 1]: 1 if all rows look at one location
             if weights.shape[-2] != n:
                 raise ValueError(f"concentration needs all {n} query rows, not {weights.shape[-2]}")

@@ -63,7 +63,7 @@ def final_score(run: tuple[np.ndarray, np.ndarray, dict], fraction: float) -> fl
 
 
 def relative_iqm(scores: dict[str, np.ndarray], rng: np.random.Generator, resamples: int) -> tuple[float, float, float]:
-    """`scores`: task -> (2, seeds), PPO's and SPRIG's. IQM of SPRIG / PPO's mean over all runs, and its 95 % interval."""
+    """`scores`: task -> (2, seeds), PPO's and SPRIG's. IQM over runs of SPRIG / PPO's mean, and its 95 % interval."""
 
     def iqm(sample: dict[str, np.ndarray]) -> float:
         return trim_mean(np.concatenate([sprig / ppo.mean() for ppo, sprig in sample.values()]), 0.25)

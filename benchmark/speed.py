@@ -1,13 +1,15 @@
-"""Steps per second of both scripts and of stable-baselines3's PPO, at Table 1's settings, measured in turn.
+"""Steps per second of a pair of twins and of stable-baselines3's PPO, at the twins' default settings, measured in turn.
 
-    python benchmark/speed.py
+    python benchmark/speed.py                      # BeamRider
+    python benchmark/speed.py --family continuous  # HalfCheetah
 
-Each round trains each of the three for `steps` agent steps on BeamRider, in a process of its own, so that a
-machine whose speed drifts slows all of them; ratios are taken within a round and their median reported.
-Start-up is not counted. stable-baselines3 plays through its own Atari wrappers (8 environments in one process,
-its default).
+Each round trains each of the three for `steps` agent steps, in a process of its own, so that a machine whose speed
+drifts slows all of them; ratios are taken within a round and their median reported. Start-up is not counted.
+stable-baselines3 plays through its own wrappers: Atari's, 8 environments in one process (its default), or VecNormalize.
 """
 
+import dataclasses
+import importlib
 import platform
 import statistics
 import subprocess
@@ -23,42 +25,51 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tyro
 
-CONTESTANTS = ("stable-baselines3", "ppo_atari_baseline.py", "sprig_atari.py")
+REFERENCE = "stable-baselines3"
+TWINS = {
+    "atari": ("ppo_atari_baseline.py", "sprig_atari.py"),
+    "continuous": ("ppo_continuous_baseline.py", "sprig_continuous.py"),
+}
 
 
 @dataclass
 class Args:
+    family: Literal["atari", "continuous"] = "atari"
+    """which twins: on BeamRider, or on HalfCheetah"""
     rounds: int = 5
     """rounds; each trains every contestant once"""
-    steps: int = 4096
-    """agent steps per contestant and round"""
-    threads: int = 2
-    """CPU threads of the networks and of the emulator"""
-    output: Path = Path("benchmark/results/speed.md")
-    """the table, in Markdown"""
-    contestant: Literal["all", "stable-baselines3", "ppo_atari_baseline.py", "sprig_atari.py"] = "all"
+    steps: int = 0
+    """agent steps per contestant and round (0: 4096 on Atari, 16384 on vectors)"""
+    threads: int = 0
+    """CPU threads of the networks and of the emulator (0: 2 on Atari, 1 on vectors)"""
+    output: Path | None = None
+    """the table, in Markdown (default: benchmark/results/speed.md or speed_continuous.md)"""
+    contestant: str = "all"
     """run this one once in this process and print its steps per second"""
 
 
 def stable_baselines3(args: Args) -> float:
     import torch
     from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_atari_env
-    from stable_baselines3.common.vec_env import VecFrameStack
-
-    import ppo_atari_baseline
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
     torch.set_num_threads(args.threads)
-    table1 = ppo_atari_baseline.Args()
+    settings = importlib.import_module(Path(TWINS[args.family][0]).stem).Args()
+    if args.family == "atari":
+        envs = VecFrameStack(make_atari_env(settings.env_id, n_envs=settings.num_envs, seed=0), 4)
+    else:
+        envs = VecNormalize(make_vec_env(settings.env_id, n_envs=settings.num_envs, seed=0), gamma=settings.gamma)
     model = PPO(
-        "CnnPolicy",
-        VecFrameStack(make_atari_env("BeamRiderNoFrameskip-v4", n_envs=table1.num_envs, seed=0), 4),
-        n_steps=table1.num_steps,
-        batch_size=table1.minibatch_size,
-        n_epochs=table1.update_epochs,
-        learning_rate=table1.learning_rate,
-        ent_coef=table1.ent_coef,
-        vf_coef=table1.vf_coef,
+        "CnnPolicy" if args.family == "atari" else "MlpPolicy",
+        envs,
+        n_steps=settings.num_steps,
+        batch_size=settings.minibatch_size,
+        n_epochs=settings.update_epochs,
+        learning_rate=settings.learning_rate,
+        clip_range_vf=settings.clip_coef if settings.clip_value_loss else None,
+        ent_coef=settings.ent_coef,
+        vf_coef=settings.vf_coef,
         device="cpu",
     )
     start = time.perf_counter()
@@ -67,8 +78,6 @@ def stable_baselines3(args: Args) -> float:
 
 
 def ours(name: str, args: Args) -> float:
-    import importlib
-
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     script = importlib.import_module(Path(name).stem)
@@ -82,20 +91,22 @@ def ours(name: str, args: Args) -> float:
 
 def measure(name: str, args: Args) -> float:
     """Steps per second of one contestant, in a fresh process."""
-    command = [sys.executable, __file__, "--contestant", name]
+    command = [sys.executable, __file__, "--family", args.family, "--contestant", name]
     command += ["--steps", str(args.steps), "--threads", str(args.threads)]
     output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
     return float(output.split()[-1])
 
 
 def main(args: Args) -> None:
+    atari = args.family == "atari"
+    args = dataclasses.replace(args, steps=args.steps or (4096 if atari else 16384), threads=args.threads or 1 + atari)
     if args.contestant != "all":
-        speed = stable_baselines3 if args.contestant == CONTESTANTS[0] else lambda a: ours(a.contestant, a)
-        print(speed(args))
+        print(stable_baselines3(args) if args.contestant == REFERENCE else ours(args.contestant, args))
         return
-    speeds = {name: [] for name in CONTESTANTS}
+    contestants = (REFERENCE, *TWINS[args.family])
+    speeds = {name: [] for name in contestants}
     for _ in range(args.rounds):
-        for name in CONTESTANTS:
+        for name in contestants:
             speeds[name].append(measure(name, args))
             print(f"{name}: {speeds[name][-1]:.0f} steps/s", file=sys.stderr)
     reference, ppo, sprig = speeds.values()
@@ -103,10 +114,12 @@ def main(args: Args) -> None:
         "PPO's steps per second over stable-baselines3's": [a / b for a, b in zip(ppo, reference)],
         "SPRIG's time per step over PPO's": [a / b for a, b in zip(ppo, sprig)],
     }
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "ale-py", "gymnasium", "stable-baselines3"))
+    simulator = "ale-py" if atari else "mujoco"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", simulator, "gymnasium", "stable-baselines3"))
     lines = [
-        f"`python benchmark/speed.py --rounds {args.rounds} --steps {args.steps} --threads {args.threads}` on "
-        f"{cpu_model()} ({platform.machine()}), Python {platform.python_version()}, {packages}.",
+        f"`python benchmark/speed.py --family {args.family} --rounds {args.rounds} --steps {args.steps} "
+        f"--threads {args.threads}` on {cpu_model()} ({platform.machine()}), "
+        f"Python {platform.python_version()}, {packages}.",
         "",
         f"| | median of {args.rounds} | lowest | highest |",
         "|-|-|-|-|",
@@ -115,8 +128,9 @@ def main(args: Args) -> None:
         lines.append(f"| {name}, steps/s | {statistics.median(values):.0f} | {min(values):.0f} | {max(values):.0f} |")
     for name, values in ratios.items():
         lines.append(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text("\n".join(lines) + "\n")
+    output = args.output or Path("benchmark/results") / ("speed.md" if atari else "speed_continuous.md")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
