@@ -1,4 +1,4 @@
-"""One update of the baseline equals stable-baselines3's on the same rollout, weights and minibatches."""
+"""One update of the baselines equals stable-baselines3's on the same rollout, weights and minibatches."""
 
 import gymnasium as gym
 import numpy as np
@@ -9,6 +9,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import ppo_atari_baseline as ppo
+import ppo_continuous_baseline as continuous
 
 
 class Frames(gym.Env):
@@ -92,3 +93,72 @@ def test_one_update_equals_stable_baselines3(monkeypatch):
         assert (ours.weight - old).abs().max() > 1e-3, "the update must have moved every layer"
         torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-5, rtol=0)
         torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-5, rtol=0)
+
+
+class Vectors(gym.Env):
+    """A vector space with nothing behind it."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+def test_one_gaussian_update_equals_stable_baselines3(monkeypatch):
+    size, batch_size, epochs, rate = 64, 16, 3, 1e-3
+    args = continuous.Args(minibatch_size=batch_size, update_epochs=epochs, norm_obs=False, clip_value_loss=False)
+    reference = PPO(
+        "MlpPolicy",
+        DummyVecEnv([Vectors]),
+        n_steps=size,
+        batch_size=batch_size,
+        n_epochs=epochs,
+        learning_rate=rate,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        clip_range=args.clip_coef,
+        ent_coef=0.01,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        device="cpu",
+    )
+    reference.set_logger(configure(None, []))
+    args.ent_coef = 0.01  # so that the Gaussian's entropy counts
+    leader = continuous.Leader(Vectors.observation_space, args)
+    follower = continuous.Follower(leader.num_features, Vectors.action_space)
+    optimizers = [torch.optim.Adam([{"params": p.parameters()}], lr=rate, eps=1e-5) for p in (leader, follower)]
+    theirs, net = reference.policy, reference.policy.mlp_extractor
+    pairs = [(net.policy_net[i], follower.actor[i]) for i in (0, 2)] + [(theirs.action_net, follower.actor[4])]
+    pairs += [(net.value_net[i], follower.critic[i]) for i in (0, 2)] + [(theirs.value_net, follower.critic[4])]
+    for reference_layer, layer in pairs:
+        reference_layer.load_state_dict(layer.state_dict())
+
+    obs, returns, advantages = torch.randn(size, 5), torch.randn(size), torch.randn(size)
+    with torch.no_grad():
+        logits, values = follower(leader(obs))
+        policy = continuous.action_distribution(logits)
+        actions = policy.sample()
+        logprobs = policy.log_prob(actions)
+    buffer = reference.rollout_buffer
+    buffer.reset()
+    for t in range(size):
+        buffer.add(obs[t : t + 1].numpy(), actions[t : t + 1].numpy(), np.zeros(1), np.zeros(1), values[t], logprobs[t])
+    buffer.returns, buffer.advantages = returns.view(-1, 1).numpy(), advantages.view(-1, 1).numpy()
+    orders = [np.random.default_rng(epoch).permutation(size) for epoch in range(epochs)]
+    their_orders, our_orders = iter(orders), iter(orders)
+    monkeypatch.setattr(np.random, "permutation", lambda n: next(their_orders))
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.from_numpy(next(our_orders)))
+    reference.train()
+    before = [layer.weight.clone() for _, layer in pairs]
+    batch = continuous.Batch(obs, actions, logprobs, values, advantages, returns)
+    continuous.update(leader, follower, *optimizers, batch, args)
+    for (reference_layer, layer), old in zip(pairs, before):
+        assert (layer.weight - old).abs().max() > 1e-3, "the update must have moved every layer"
+        torch.testing.assert_close(layer.weight, reference_layer.weight, atol=1e-5, rtol=0)
+        torch.testing.assert_close(layer.bias, reference_layer.bias, atol=1e-5, rtol=0)
+    assert follower.log_std.abs().max() > 1e-3
+    torch.testing.assert_close(follower.log_std, theirs.log_std, atol=1e-5, rtol=0)
