@@ -308,8 +308,27 @@ def pass_on_warning(message: str) -> None:
         print(f"warning: MuJoCo: {message}", file=sys.stderr)
 
 
+class Plain(gym.Wrapper):
+    """Observations float32 (n,), Box actions clipped to their bounds, no info (to collect it takes long)."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        self.bounds = None
+        if isinstance(env.action_space, gym.spaces.Box):
+            self.bounds = env.action_space.low, env.action_space.high
+            self.action_space = gym.spaces.Box(-np.inf, np.inf, env.action_space.shape, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return self.env.reset(seed=seed, options=options)[0].astype(np.float32), {}
+
+    def step(self, action):
+        obs, *outcome, _ = self.env.step(action.clip(*self.bounds) if self.bounds else action)
+        return obs.astype(np.float32), *outcome, {}
+
+
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """One environment: dictionaries flattened, observations float32 (n,), Box actions clipped to their bounds."""
+    """One environment, dictionaries flattened. Ends the run with one line if it cannot be had or is of another kind."""
     family = "shimmy" if args.env_id.startswith("dm_control/") else ""
     try:
         if family:
@@ -336,12 +355,10 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     observations, actions = env.observation_space, env.action_space
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
         fail(f"--env-id {args.env_id} shows {observations}, not a vector; for Atari there is sprig_atari.py")
-    if isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1:
-        env = gym.wrappers.ClipAction(env)
-    elif not isinstance(actions, gym.spaces.Discrete) or actions.start:
+    vector = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+    if not vector and (not isinstance(actions, gym.spaces.Discrete) or actions.start):
         fail(f"--env-id {args.env_id} takes actions from {actions}; only vectors and choices from 0 on are supported")
-    space = gym.spaces.Box(-np.inf, np.inf, observations.shape, np.float32)
-    return gym.wrappers.TransformObservation(env, lambda obs: obs.astype(np.float32), space)
+    return Plain(env)
 
 
 def env_protocol(args: Args) -> dict:
