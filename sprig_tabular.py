@@ -25,6 +25,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,7 +33,7 @@ from typing import Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import tyro
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 Follower = Literal["cooperative", "adversarial"]
 
@@ -377,10 +378,10 @@ def global_equilibrium(mdp: TabularMdp, perceptions, costs, lam: float, start, m
 # ==================================================================================================
 # Measurements
 # ==================================================================================================
-def contraction_factors(operator, mdp: TabularMdp, num_pairs: int, rng: np.random.Generator) -> dict:
+def contraction_factors(operator, mdp: TabularMdp, pairs: Iterable, rng: np.random.Generator) -> dict:
     """‖T_S f − T_S g‖ / ‖f − g‖ over random pairs, and over pairs that differ by a constant, which are the worst."""
     factors = {"random": [], "shifted": []}
-    for _ in trange(num_pairs, desc="contraction", dynamic_ncols=True):
+    for _ in pairs:
         f = rng.normal(size=mdp.R.shape)
         for kind, g in (("random", rng.normal(size=f.shape)), ("shifted", f + rng.normal())):
             difference = operator(f).max(axis=0) - operator(g).max(axis=0)
@@ -451,7 +452,7 @@ def counter_examples() -> dict[str, dict[str, float]]:
     }
     dear = 1000 * (1 + np.arange(4.0))[None] * np.array([[1], [-1]])  # costs from -4000 to 4000
     operator = make_operator(circuit[0], circuit[1], dear, 1.0, "cooperative")
-    factors = contraction_factors(operator, circuit[0], 200, np.random.default_rng(0))
+    factors = contraction_factors(operator, circuit[0], range(200), np.random.default_rng(0))
     cases["the bound does not need C ≤ 1"] = {
         "γ": circuit[0].gamma,
         "largest factor, |C| up to 4000": max(factors["random"] + factors["shifted"]),
@@ -698,7 +699,7 @@ def main(args: Args) -> dict:
         "value": start_value(fixed_point, mdp.start),
         "starts_differ": max(float(np.abs(other - fixed_point).max()) for other in others),
         "errors": {start: error_curve(operator, q, fixed_point, floor) for start, q in starts.items()},
-        "factors": contraction_factors(operator, mdp, args.num_pairs, rng),
+        "factors": contraction_factors(operator, mdp, tqdm(range(args.num_pairs), desc="pairs"), rng),
         "sweep": sweep_prices(mdp, perceptions, args),
         "alone": alone(mdp, perceptions, args),
         "whole_game": whole_game(mdp, perceptions, args.lam, args.max_nodes),

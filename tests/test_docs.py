@@ -1,18 +1,26 @@
 """What is written in two places says the same in both."""
 
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 
 import pytest
 from conftest import ROOT, TWINS
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", [*TWINS, "sprig_tabular"])
 def test_inline_metadata_pins_what_requirements_pin(name):
-    block = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / f"{name}.py").read_text(), re.M | re.S).group(1)
+    text = (ROOT / f"{name}.py").read_text()
+    block = re.search(r"^# /// script\n(.*?)^# ///$", text, re.M | re.S).group(1)
     metadata = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))
-    assert metadata["dependencies"] == (ROOT / "requirements.txt").read_text().split()
+    pinned = (ROOT / "requirements.txt").read_text().split()
+    assert metadata["dependencies"] == [pin for pin in pinned if pin in metadata["dependencies"]]
     assert all("==" in dependency for dependency in metadata["dependencies"])
+
+    imported = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.M)) - set(sys.stdlib_module_names)
+    for name in imported - {"wandb"}:  # which is optional
+        assert {pin.split("==")[0] for pin in metadata["dependencies"]} & {*packages_distributions()[name]}, name
 
 
 def test_every_deviation_has_its_row_and_every_row_its_deviation():
