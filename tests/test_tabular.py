@@ -160,6 +160,13 @@ def test_with_an_action_per_state_the_cheapest_perception_always_wins(seed, num_
     assert (f >= per_cell - 1e-9).all()
 
 
+def test_among_equals_the_cheapest_wins_though_rounding_differs():
+    values = np.array([1.0, 1 + 1e-13, 1 + 1e-6])[:, None, None]
+    costs = np.array([[0.1], [0.2], [0.3]])
+    assert tabular.cheapest_best(values, costs) == 2  # truly better
+    assert tabular.cheapest_best(values[:2], costs[:2]) == 0
+
+
 @properties
 @given(seeds, sizes, st.floats(0, 2))
 def test_max_min_never_pays_for_sight(seed, num_states, lam):
@@ -211,6 +218,22 @@ def test_whole_game_equals_enumeration_and_is_bounded_by_the_fixed_point(seed, n
     first = int(rng.integers(num_states))
     by_state = global_equilibrium(mdp, perceptions, costs, lam, first)[2]
     assert by_state == pytest.approx(global_equilibrium(mdp, perceptions, costs, lam, np.eye(num_states)[first])[2])
+
+
+def test_whole_game_search_prunes_nothing_that_it_needs():
+    searched = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        P, R = rng.dirichlet(np.full(12, 0.1), size=(12, 3)), rng.normal(size=(12, 3))
+        game = TabularMdp(P, R, 0.95), rng.integers(0, 5, size=(2, 12)), rng.uniform(0, 0.1, size=(2, 12))
+        start = np.full(12, 1 / 12)
+        value = global_equilibrium(*game, 1.0, start)[2]
+        assert value == pytest.approx(by_enumeration(*game, 1.0, start), abs=1e-7)
+        try:
+            global_equilibrium(*game, 1.0, start, max_nodes=2)
+        except ValueError as refusal:  # what is known before the search
+            searched += json.loads(str(refusal).split(" in ")[1])[0] < value - 0.01
+    assert searched > 2, "too few of these games need the search"
 
 
 def test_whole_game_with_the_identity_is_an_mdp_and_needs_one_node():
@@ -273,6 +296,20 @@ def test_known_values():
     cliff = tabular.toy_text_mdp("CliffWalking-v1", 0.99)
     f, _ = solve(cliff, np.arange(48)[None], np.zeros((1, 48)), 0.0)
     assert tabular.start_value(f, cliff.start) == pytest.approx(-steps)
+
+
+def test_numbers_of_the_paper_page():
+    """docs/paper.md quotes these."""
+    lake, cliff = (tabular.toy_text_mdp(env_id, 0.99) for env_id in ("FrozenLake-v1", "CliffWalking-v1"))
+    on_lake, on_cliff = tabular.grid_perceptions(4, 4), tabular.grid_perceptions(4, 12)
+    quoted = [(lake, on_lake, 0.003, 0.504, 0.438, "identity"), (lake, on_lake, 0.03, 0.176, 0.045, "blind")]
+    quoted.append((cliff, on_cliff, 0.01, -12.25, -12.37, "identity"))
+    for mdp, (names, cells, costs), lam, fixed, whole, best in quoted:
+        f, _ = solve(mdp, cells, costs, lam)
+        k, _, value = global_equilibrium(mdp, cells, costs, lam, mdp.start)
+        assert (tabular.start_value(f, mdp.start), value) == pytest.approx((fixed, whole), rel=5e-3)
+        assert names[k] == best
+    assert global_equilibrium(cliff, on_cliff.cells[:1], on_cliff.costs[:1], 0.01, 36)[2] == pytest.approx(-100)
 
 
 def test_perceptions_of_a_grid():
