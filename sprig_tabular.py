@@ -296,7 +296,7 @@ def policy_values(mdp: TabularMdp, reward: np.ndarray, policy: np.ndarray):
     """(V (S,), Q (S, A)) of a deterministic policy (S,), exactly."""
     states = np.arange(len(policy))
     value = np.linalg.solve(np.eye(len(policy)) - mdp.gamma * mdp.P[states, policy], reward[states, policy])
-    return value, reward + mdp.gamma * mdp.P @ value
+    return value, reward + mdp.gamma * (mdp.P @ value)
 
 
 def best_policy(mdp: TabularMdp, reward: np.ndarray, allowed: np.ndarray, policy: np.ndarray):
@@ -345,13 +345,15 @@ def global_equilibrium(mdp: TabularMdp, perceptions, costs, lam: float, start, m
         cells, fixed = perceptions[k], actions[perceptions[k]]  # (S,) each
         allowed = (fixed[:, None] < 0) | (fixed[:, None] == np.arange(num_actions))
         policy, value, q = best_policy(mdp, rewards[k], allowed, np.where(fixed < 0, policy, fixed))
+        bound, slack = float(start @ value), 1e-9 * max(1.0, float(np.abs(value).max()))
+        if bound <= best[0] + slack:
+            return policy
         flow = np.eye(num_states) - mdp.gamma * mdp.P[np.arange(num_states), policy]
         weight = np.linalg.solve(flow.T, start) + 1e-6  # (S,) discounted visits; the rounded policy may go elsewhere
         loss = np.zeros((len(actions), num_actions))  # of one action for the whole cell, to first order
         np.add.at(loss, cells, weight[:, None] * (value[:, None] - q))
         rounded = np.where(actions < 0, loss.argmin(axis=1), actions)
-        bound, attained = float(start @ value), float(start @ policy_values(mdp, rewards[k], rounded[cells])[0])
-        slack = 1e-9 * max(1.0, abs(bound))
+        attained = float(start @ policy_values(mdp, rewards[k], rounded[cells])[0])
         if attained > best[0] + slack:
             best = (attained, k, rounded)
         undecided = np.flatnonzero(actions < 0)
@@ -658,7 +660,9 @@ def start_run(args: Args) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(run_dir.iterdir()):
             fail(f"--run-dir {run_dir} is not empty; nothing was changed")
-        (run_dir / "results.json").touch()
+        probe = run_dir / "results.json"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
     return run_dir
@@ -727,4 +731,7 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was saved")
