@@ -1005,7 +1005,7 @@ def leader_gradient(
     total = [a + scale * b for a, b in zip(first_order, correction)]
     if info is not None:
         report["leader/correction_ratio"] = correction_norm / norm.clamp_min(tiny)
-        report["leader/correction_cosine"] = F.cosine_similarity(flatten(first_order), flatten(total), dim=0)
+        report["leader/correction_cosine"] = F.cosine_similarity(flatten(first_order), flatten(total), 0, tiny)
         info |= report
     return total
 
