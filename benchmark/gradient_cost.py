@@ -31,7 +31,8 @@ VARIANTS = {
     "implicit, 10 iterations": {"leader_gradient": "implicit", "implicit_damping": 1e3, "cg_tolerance": 0.0},
 }
 SCALES = {f"unrolled, η = {x:g}": {"leader_gradient": "unrolled", "unroll_step_size": x} for x in (2e-1, 2e-2, 2e-3)}
-SCALES |= {f"implicit, λ = {x:g}": {"leader_gradient": "implicit", "implicit_damping": x} for x in (5.0, 50.0, 500.0)}
+LONG = {"leader_gradient": "implicit", "cg_iterations": 200}  # whatever still is not solved met negative curvature
+SCALES |= {f"implicit, λ = {x:g}": {**LONG, "implicit_damping": x} for x in (5.0, 50.0, 500.0)}
 
 
 @dataclass
