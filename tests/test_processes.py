@@ -39,8 +39,10 @@ def one_process(rank, num_processes, name, settings, folder):
         ("ppo_atari_baseline", {"norm_adv": "minibatch"}),
         ("sprig_atari", {"cost_rows": 0, "perception_cost_weight": 0.1}),
         ("sprig_atari", {"update": "joint"}),
+        ("sprig_atari", {"cost_rows": 0, "leader_gradient": "unrolled", "unroll_steps": 2, "unroll_step_size": 1e-3}),
+        ("sprig_atari", {"cost_rows": 0, "leader_gradient": "implicit", "implicit_damping": 500.0}),
     ],
-    ids=["ppo", "sprig", "joint"],
+    ids=["ppo", "sprig", "joint", "unrolled", "implicit"],
 )
 def test_two_processes_update_like_one(name, settings, tmp_path):
     threads = torch.get_num_threads()

@@ -1,0 +1,170 @@
+"""What the leader's total derivative costs, and how much it corrects: the tables of docs/paper.md.
+
+    python benchmark/gradient_cost.py
+
+Minibatches of real rollouts (BeamRider, HalfCheetah) at the scripts' own settings, on one thread, after a short
+warm-up with the first-order gradient. Time: each method takes the whole step (leader and follower) on the same
+minibatches in turn, on its own copy of the agent; the median of the ratios to first-order, since a busy machine
+slows all of them. Memory: what steps add to the resident memory of a process of their own, at the peak (Linux only).
+"""
+
+import copy
+import ctypes
+import gc
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import tyro
+
+VARIANTS = {
+    "first-order": {},
+    "unrolled, 1 step": {"leader_gradient": "unrolled"},
+    "unrolled, 5 steps": {"leader_gradient": "unrolled", "unroll_steps": 5},
+    "implicit, 10 iterations": {"leader_gradient": "implicit", "implicit_damping": 1e3, "cg_tolerance": 0.0},
+}
+SCALES = {f"unrolled, η = {x:g}": {"leader_gradient": "unrolled", "unroll_step_size": x} for x in (2e-1, 2e-2, 2e-3)}
+LONG = {"leader_gradient": "implicit", "cg_iterations": 200}  # whatever still is not solved met negative curvature
+SCALES |= {f"implicit, λ = {x:g}": {**LONG, "implicit_damping": x} for x in (5.0, 50.0, 500.0)}
+
+
+@dataclass
+class Args:
+    minibatches: int = 16
+    """minibatches that each method steps on"""
+    warm_up: int = 512
+    """transitions that the agent has learnt from by then"""
+
+
+def prepare(name: str, cost: Args):
+    """(script, its arguments, players and optimizers, minibatches of a fresh rollout)."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    script = __import__(name)
+    args = script.Args(threads=1, num_envs=4, update_epochs=1)
+    size = cost.minibatches * args.minibatch_size
+    envs = script.make_envs(args)
+    leader = script.Leader(envs.single_observation_space, args)
+    follower = script.Follower(leader.num_features, envs.single_action_space)
+    optimizers = [torch.optim.Adam(p.parameters(), args.learning_rate, eps=1e-5) for p in (leader, follower)]
+    obs = script.restart(envs, args, 0)
+    for transitions in (cost.warm_up, size):
+        args = replace(args, num_steps=transitions // args.num_envs)
+        rollout = script.allocate_rollout(args, envs, torch.device("cpu"))
+        obs, _ = script.collect_rollout(envs, obs, leader, follower, rollout)
+        rewards = script.learner_rewards(rollout, leader, args)
+        ends = (rollout.terminations, rollout.dones)
+        targets = script.compute_gae(rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda)
+        columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, *targets)
+        batch = script.Batch(*(column.flatten(0, 1) for column in columns))
+        batch = batch._replace(advantages=script.normalise(batch.advantages))
+        if transitions == cost.warm_up:
+            script.update(leader, follower, *optimizers, batch, args)
+            if name == "sprig_continuous":
+                leader.normaliser.observe(batch.obs)
+    envs.close()
+    indices = torch.randperm(size).split(args.minibatch_size)
+    minibatches = [script.select_minibatch(batch, rows, args) for rows in indices]
+    return script, args, (leader, follower, *optimizers), minibatches
+
+
+def own_copy(agent):
+    """Players and optimizers that nobody else moves."""
+    leader, follower, *optimizers = copy.deepcopy(agent)  # in one call, so that the copies belong together
+    return leader, follower, *optimizers
+
+
+def step_times(name: str, cost: Args) -> dict[str, list[float]]:
+    """Seconds of each variant's steps."""
+    script, args, agent, minibatches = prepare(name, cost)
+    agents = {variant: own_copy(agent) for variant in VARIANTS}
+    seconds = {variant: [] for variant in VARIANTS}
+    for minibatch in [minibatches[0], *minibatches]:  # the first one twice: it warms up, and is then left out
+        for variant, changes in VARIANTS.items():
+            start = time.perf_counter()
+            script.stackelberg_step(*agents[variant], minibatch, replace(args, **changes))
+            seconds[variant].append(time.perf_counter() - start)
+    return {variant: values[1:] for variant, values in seconds.items()}
+
+
+def resident(key: str) -> float:
+    """MiB; VmRSS now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def measure_memory(name: str, variant: str, cost: Args, queue) -> None:
+    script, args, agent, minibatches = prepare(name, cost)
+    args = replace(args, **VARIANTS[variant])
+    script.stackelberg_step(*agent, minibatches[0], args)  # buffers that stay
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = resident("VmRSS")
+    for minibatch in minibatches[:3]:
+        script.stackelberg_step(*agent, minibatch, args)
+    queue.put(resident("VmHWM") - before)
+
+
+def peak_memory(name: str, variant: str, cost: Args) -> float:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure_memory, args=(name, variant, replace(cost, minibatches=4), queue))
+    process.start()
+    process.join()
+    return queue.get(timeout=10)
+
+
+def corrections(name: str, cost: Args) -> dict[str, tuple[float, float, str]]:
+    """Variant -> median ratio and cosine over minibatches, and how many solves met their tolerance."""
+    script, args, agent, minibatches = prepare(name, cost)
+    table = {}
+    for variant, changes in SCALES.items():
+        own, infos = own_copy(agent), []
+        for minibatch in minibatches:
+            infos.append(script.stackelberg_step(*own, minibatch, replace(args, **changes)))
+        ratio, cosine = (
+            statistics.median(info[f"leader/correction_{key}"].item() for info in infos) for key in ("ratio", "cosine")
+        )
+        solved = [info["leader/cg_residual"] <= args.cg_tolerance for info in infos if "leader/cg_residual" in info]
+        table[variant] = ratio, cosine, f"{sum(solved)} of {len(solved)}" if solved else ""
+    return table
+
+
+def main(cost: Args) -> None:
+    print(f"{cpu_model()}, one thread, Python {platform.python_version()}, torch {torch.__version__}.")
+    print("\n| | gradient | ms per minibatch | time over first-order | memory of a step, MiB | over first-order |")
+    print("|-|-|-|-|-|-|")
+    names = {"sprig_atari": "Atari", "sprig_continuous": "continuous"}
+    for name, shapes in names.items():
+        seconds = step_times(name, cost)
+        memory = {variant: peak_memory(name, variant, cost) for variant in VARIANTS}
+        for variant in VARIANTS:
+            ratios = [a / b for a, b in zip(seconds[variant], seconds["first-order"])]
+            print(
+                f"| {shapes} | {variant} | {1000 * statistics.median(seconds[variant]):.0f} | "
+                f"{statistics.median(ratios):.2f} | {memory[variant]:.0f} | "
+                f"{memory[variant] / memory['first-order']:.2f} |",
+                flush=True,
+            )
+    print("\n| | gradient | correction over first-order, before the clamp | cosine, after it | solves that met 1e-3 |")
+    print("|-|-|-|-|-|")
+    for name, shapes in names.items():
+        for variant, (ratio, cosine, solved) in corrections(name, cost).items():
+            print(f"| {shapes} | {variant} | {ratio:.2f} | {cosine:.2f} | {solved} |", flush=True)
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
