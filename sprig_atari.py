@@ -1505,17 +1505,17 @@ def main(args: Args) -> dict:
                 for group in leader_optimizer.param_groups + follower_optimizer.param_groups:
                     group["lr"] = args.learning_rate * (1 - iteration / num_iterations)
 
-            obs, games = collect_rollout(envs, obs, leader, follower, rollout)
-            rewards = learner_rewards(rollout, leader, args)
-            ends = (rollout.terminations, rollout.dones)
-            advantages, returns = compute_gae(
-                rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda
-            )
-            if args.norm_adv == "rollout":
-                advantages = normalise(advantages)
-            columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
-            batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
             try:
+                obs, games = collect_rollout(envs, obs, leader, follower, rollout)
+                rewards = learner_rewards(rollout, leader, args)
+                ends = (rollout.terminations, rollout.dones)
+                advantages, returns = compute_gae(
+                    rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda
+                )
+                if args.norm_adv == "rollout":
+                    advantages = normalise(advantages)
+                columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
+                batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
                 metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
             except FloatingPointError as error:
                 fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {checkpoint_paths(run_dir)[0]}")

@@ -40,6 +40,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -111,7 +112,7 @@ class Args:
     num_envs: int = 1
     """environments side by side, N"""
     max_episode_steps: int = 0
-    """steps after which an episode is truncated (0: the task's own limit)"""
+    """steps after which an episode is truncated (0: the task's own limit; where it has none, evaluation may not end)"""
     norm_obs: bool = True
     """the leader sees each entry with mean 0 and variance 1, by running statistics, clipped to [-10, 10]"""
     norm_rewards: bool = True
@@ -119,7 +120,7 @@ class Args:
     clip_rewards: bool = True
     """clip what the learner sees of a reward to [-10, 10]"""
     observation_noise: float = 0.0
-    """robustness: standard deviation of Gaussian noise on each normalised entry"""
+    """robustness: standard deviation of Gaussian noise on each entry, once it is normalised (--no-norm-obs: raw)"""
     distractors: int = 0
     """robustness: so many entries of standard normal noise are appended"""
     reward_delay: int = 1
@@ -379,7 +380,10 @@ def pass_on_warning(message: str) -> None:
 
 
 class Plain(gym.Wrapper):
-    """Observations float32 (n,), Box actions clipped to their bounds, no info (to collect it takes long)."""
+    """Observations float32 (n,), Box actions clipped to their bounds, no info (to collect it takes long).
+
+    Raises FloatingPointError on an observation that is not finite.
+    """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -394,40 +398,48 @@ class Plain(gym.Wrapper):
 
     def step(self, action):
         obs, *outcome, _ = self.env.step(action.clip(*self.bounds) if self.bounds else action)
+        if not np.isfinite(obs).all():
+            raise FloatingPointError(f"the observation {obs} is not finite")
         return obs.astype(np.float32), *outcome, {}
 
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment, dictionaries flattened. Ends the run with one line if it cannot be had or is of another kind."""
     family = "shimmy" if args.env_id.startswith("dm_control/") else ""
+    module, _, name = args.env_id.rpartition(":")  # module:Name-v0, as in gymnasium.make
     try:
+        if module:
+            importlib.import_module(module)
         if family:
             os.environ.setdefault("MUJOCO_GL", "disable")  # dm_control would look for a screen
             logging.getLogger("absl").setLevel(logging.ERROR)
             import shimmy
 
             gym.register_envs(shimmy)
-        family = family or str(gym.spec(args.env_id).entry_point)
+        family = family or str(gym.spec(name).entry_point)
         if "mujoco" in family or family == "shimmy":
             import mujoco
 
             mujoco.set_mju_user_warning(pass_on_warning)  # instead of into a file in the current folder
-        env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, render_mode=render_mode)
+        rendered = {"render_mode": render_mode} if render_mode else {}
+        env = gym.make(name, max_episode_steps=args.max_episode_steps or None, **rendered)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         package = next((EXTRAS[module] for module in EXTRAS if family.startswith(module)), None)
         mend = f"pip install {package}" if package else first_line(error)
         fail(f"--env-id {args.env_id} needs a package that is not installed: {mend}")
     except gym.error.Error as error:
-        near = difflib.get_close_matches(args.env_id, gym.registry.keys(), n=1)
+        near = difflib.get_close_matches(name, gym.registry.keys(), n=1)
         fail(f"--env-id {args.env_id}: {first_line(error)}" + (f"; did you mean {near[0]}?" if near else ""))
+    except Exception as error:  # of its constructor
+        fail(f"--env-id {args.env_id} cannot be made: {first_line(error)}")
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     observations, actions = env.observation_space, env.action_space
-    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
+    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1 or not observations.shape[0]:
         fail(f"--env-id {args.env_id} shows {observations}, not a vector; for Atari there is sprig_atari.py")
-    vector = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+    vector = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"
     if not vector and (not isinstance(actions, gym.spaces.Discrete) or actions.start):
-        fail(f"--env-id {args.env_id} takes actions from {actions}; only vectors and choices from 0 on are supported")
+        fail(f"--env-id {args.env_id} takes actions from {actions}; only real vectors and choices from 0 on will do")
     return Plain(env)
 
 
@@ -435,9 +447,12 @@ def env_protocol(args: Args) -> dict:
     """How the task is set, in full: what two results must share to be comparable."""
     env = make_env(args)
     env.close()
+    limit = env.spec.max_episode_steps or "the task's own, if any"
+    if args.max_episode_steps and args.env_id.startswith("dm_control/"):
+        limit = f"{limit}, or the task's own where that is less"
     return {
         "env_id": args.env_id,
-        "time_limit": env.spec.max_episode_steps or "the task's own",
+        "time_limit": limit,
         "observation": f"{env.observation_space.shape[0]} entries",
         "observation_for_learner": "normalised, clipped to 10 standard deviations" if args.norm_obs else "raw",
         "action": str(env.unwrapped.action_space),
@@ -468,7 +483,8 @@ def observation_names(args: Args) -> list[str]:
         parts = {key: count for key, count in parts.items() if key not in ("qpos", "qvel")}
         names += [f"{key} {i}" for key, count in parts.items() for i in range(count)]
     else:
-        names = ENTRY_NAMES.get(args.env_id.rpartition("-")[0].removesuffix("Continuous"), "").split(", ")
+        task = args.env_id.rpartition("-")[0].removesuffix("Continuous").removesuffix("Hardcore")
+        names = ENTRY_NAMES.get(task, "").split(", ")
     env.close()
     if len(names) != size:
         names = [str(i) for i in range(size)]
@@ -549,7 +565,10 @@ def restart(envs: gym.vector.VectorEnv, args: Args, global_step: int) -> np.ndar
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of all that was observed so far (Chan et al. 1979). Buffers, so every saved state has them."""
+    """Mean and variance of all that was observed so far (Chan et al. 1979). Buffers, so every saved state has them.
+
+    Raises FloatingPointError on what is not finite, before any harm is done.
+    """
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -560,6 +579,7 @@ class RunningMoments(nn.Module):
     def observe(self, x: torch.Tensor) -> None:
         """Take in x (B, *shape), and what the other processes observed."""
         var, mean = torch.var_mean(x, 0, correction=0)
+        require_finite({"the mean of what was observed": mean, "the variance of what was observed": var})
         mine = mean.clone()
         average([mean])
         var += (mine - mean) ** 2
@@ -593,7 +613,7 @@ class Normaliser(nn.Module):
         """obs (B, n) -> (B, n) normalised and clipped; the noise of obs (B, 2, n) comes on top."""
         obs, noise = obs.unbind(1) if obs.ndim == 3 else (obs, None)
         if self.norm_obs:
-            obs = F.batch_norm(obs, self.entries.mean, self.entries.var, eps=1e-8).clamp(-10, 10)
+            obs = ((obs - self.entries.mean) * (self.entries.var + 1e-8).rsqrt()).clamp(-10, 10)
         return obs if noise is None else obs + noise
 
     @torch.no_grad()
@@ -1641,21 +1661,21 @@ def main(args: Args) -> dict:
                 for group in leader_optimizer.param_groups + follower_optimizer.param_groups:
                     group["lr"] = args.learning_rate * (1 - iteration / num_iterations)
 
-            obs, games = collect_rollout(envs, obs, leader, follower, rollout)
-            rewards = learner_rewards(rollout, leader, args)
-            ends = (rollout.terminations, rollout.dones)
-            advantages, returns = compute_gae(
-                rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda
-            )
-            if args.norm_adv == "rollout":
-                advantages = normalise(advantages)
-            columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
-            batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
             try:
+                obs, games = collect_rollout(envs, obs, leader, follower, rollout)
+                rewards = learner_rewards(rollout, leader, args)
+                ends = (rollout.terminations, rollout.dones)
+                advantages, returns = compute_gae(
+                    rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda
+                )
+                if args.norm_adv == "rollout":
+                    advantages = normalise(advantages)
+                columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
+                batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
                 metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
+                leader.normaliser.observe(batch.obs)
             except FloatingPointError as error:
                 fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {checkpoint_paths(run_dir)[0]}")
-            leader.normaliser.observe(batch.obs)
 
             global_step += rollout_size
             games = sorted(game for mine in gather(games) for game in mine)

@@ -225,6 +225,7 @@ def make_operator(mdp: TabularMdp, perceptions, costs, lam: float, follower: Fol
         raise ValueError(f"perceptions and costs must be (K, {num_states}), not {cells.shape} and {costs.shape}")
     if not (np.issubdtype(cells.dtype, np.integer) and cells.min() >= 0):
         raise ValueError("perceptions must be cell indices: whole numbers, not negative")
+    cells = cells.astype(np.int64)  # a small type would overflow below
     if not (np.isfinite(costs).all() and math.isfinite(lam)):
         raise ValueError("costs and lam must be finite")
     if follower not in ("cooperative", "adversarial"):
@@ -242,6 +243,8 @@ def make_operator(mdp: TabularMdp, perceptions, costs, lam: float, follower: Fol
     paid = mdp.R - lam * costs[:, :, None]  # (K, S, A) R(s, a) − λ·C_k(s)
 
     def operator(q: np.ndarray) -> np.ndarray:
+        if q.shape != mdp.R.shape or not np.isfinite(q).all():
+            raise ValueError(f"q must be finite and of shape {mdp.R.shape}, not {q.shape}")
         mass = probability * q.T.take(successor, axis=1)  # (A, entries) P(s'|s, a) f(s', a')
         mass = np.add.reduceat(mass, first, axis=1)  # (A, cells) the sum over s' in z
         future = np.bincount(owner, weights=opt(mass, axis=0), minlength=paid.size)  # one a' per cell
@@ -327,10 +330,14 @@ def global_equilibrium(mdp: TabularMdp, perceptions, costs, lam: float, start, m
     """
     make_operator(mdp, perceptions, costs, lam, "cooperative")  # for its checks
     num_states, num_actions = mdp.R.shape
-    start = np.eye(num_states)[start] if np.ndim(start) == 0 else np.asarray(start, dtype=float)
+    if np.ndim(start) == 0:
+        if start not in range(num_states):
+            raise ValueError(f"start must be a state, 0 to {num_states - 1}, or a distribution, not {start}")
+        start = np.eye(num_states)[start]
+    start = np.asarray(start, dtype=float)
     if start.shape != (num_states,) or not ((start >= 0).all() and math.isclose(start.sum(), 1, abs_tol=1e-6)):
         raise ValueError(f"start must be a state or a distribution over {num_states} states")
-    sizes, reached = [int(np.max(cells)) + 1 for cells in perceptions], reachable_states(mdp, start)
+    sizes, reached = [int(np.max(cells)) + 1 for cells in perceptions], reachable_states(mdp, start)  # of each k; (S,)
     perceptions, costs = np.asarray(perceptions)[:, reached], np.asarray(costs, dtype=float)[:, reached]
     start, num_states = start[reached], int(reached.sum())
     mdp = TabularMdp(mdp.P[reached][:, :, reached], mdp.R[reached], mdp.gamma)

@@ -66,10 +66,9 @@ def load_run(run: Path):
         raise SystemExit(f"error: {run} is not the folder of a run: {error}") from None
     if name not in SCRIPTS:
         raise SystemExit(f"error: {run} is a run of {name}, which cannot be watched; {', '.join(SCRIPTS)} can")
-    if "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
+    os.environ.setdefault("MUJOCO_GL", "glfw" if "DISPLAY" in os.environ else "egl")  # read when MuJoCo is imported
     script = importlib.import_module(Path(name).stem)
-    args = dataclasses.replace(script.read_args(run), num_envs=1)
+    args = dataclasses.replace(script.read_args(run), num_envs=1, reward_delay=1)  # the score as it comes
     envs = script.make_envs(args, **({} if "atari" in name else {"render_mode": "rgb_array"}))
     leader = script.Leader(envs.single_observation_space, args)
     follower = script.Follower(leader.num_features, envs.single_action_space)

@@ -78,11 +78,13 @@ def relative_iqm(scores: dict[str, np.ndarray], rng: np.random.Generator, resamp
 
 
 def main(args: Args) -> None:
-    tasks = sorted(path.name for path in (args.results / "continuous").iterdir() if path.is_dir())
+    tasks = sorted(path.name for path in (args.results / "continuous").glob("*") if path.is_dir())
+    if not tasks:
+        raise SystemExit(f"error: no runs in {args.results / 'continuous'}; benchmark/collect.py puts them there")
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.2 * len(tasks), 2.9), squeeze=False)
     print("| task | PPO | seeds | SPRIG | seeds | agent steps | CleanRL's PPO (v4) |")
     print("|-|-|-|-|-|-|-|")
-    paired = {}
+    paired, left_out = {}, {}
     for axis, task in zip(axes[0], tasks):
         cells, scores, lengths = [], {}, set()
         for script, (name, colour) in SCRIPTS.items():
@@ -104,11 +106,17 @@ def main(args: Args) -> None:
         steps = " and ".join(f"{length:,}" for length in sorted(lengths))
         print(f"| {task} | {' | '.join(cells)} | {steps} | {PUBLISHED.get(task, '')} |")
         common = sorted(scores["PPO"].keys() & scores["SPRIG"].keys())
-        if common and len(lengths) == 1 and min(scores["PPO"].values()) > 0:
+        if not common or len(lengths) > 1:
+            left_out[task] = "no common seeds" if not common else "runs of different lengths"
+        elif np.mean([scores["PPO"][seed] for seed in common]) <= 0:
+            left_out[task] = "PPO's return is not positive, so that a ratio says nothing"
+        else:
             paired[task] = np.array([[scores[name][seed] for seed in common] for name in ("PPO", "SPRIG")])
     if paired:
         iqm, low, high = relative_iqm(paired, np.random.default_rng(args.seed), args.resamples)
         print(f"\nSPRIG relative to PPO on {', '.join(paired)}: {iqm:.2f} [{low:.2f}, {high:.2f}]")
+    for task, reason in left_out.items():
+        print(f"Not in the interquartile mean: {task} ({reason})")
     axes[0, 0].set_ylabel("episodic return", fontsize=8)
     axes[0, 0].legend(fontsize=8, frameon=False)
     figure.tight_layout()

@@ -420,3 +420,21 @@ def test_a_game_that_is_none_is_refused(change, message):
     game = {"perceptions": np.zeros((1, 2), int), "costs": np.zeros((1, 2)), "lam": 0.1, "follower": "cooperative"}
     with pytest.raises(ValueError, match=message):
         solve(mdp, **(game | change))
+
+
+def test_labels_of_a_small_type_do_not_overflow():
+    mdp, perceptions, costs, rng = random_game(3, 5)
+    perceptions[0, 0] = 255
+    q = rng.normal(size=mdp.R.shape)
+    expected = stackelberg_bellman(q, mdp, perceptions, costs, 0.1)
+    np.testing.assert_array_equal(stackelberg_bellman(q, mdp, perceptions.astype(np.uint8), costs, 0.1), expected)
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    mdp, perceptions, costs, rng = random_game(3, 5)
+    for q in (np.zeros((5, 3)), np.zeros((6, 2)), np.zeros(5), np.full((5, 2), np.nan)):
+        with pytest.raises(ValueError, match="q must be finite and of shape"):
+            stackelberg_bellman(q, mdp, perceptions, costs, 0.1)
+    for start in (-1, 5, "0", np.ones(5)):
+        with pytest.raises(ValueError, match="start must be a state"):
+            global_equilibrium(mdp, perceptions, costs, 0.1, start)
