@@ -381,7 +381,9 @@ def test_pictures_show_what_entries_attend_to(tmp_path):
     picture = leader.pictures(torch.randn(4, 5))["leader/attention"]
     assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
     one_hot, uniform = (script.attention_map(weights, list("abcde")) for weights in (np.eye(5), np.full((5, 5), 0.2)))
-    assert (one_hot == 0).any() and one_hot.mean() > uniform.mean()
+    heat = [picture[24:144, -144:-24, 0] for picture in (one_hot, uniform)]  # 5 cells of 24 pixels, a cell of margin
+    assert heat[0][12, 12] < 50 and heat[0][12, 36] == 255, "the diagonal is dark, the rest is white"
+    assert (heat[1] == 127).all(), "uniform attention is grey"
 
 
 NOT_FINITE = {"NaN": np.nan, "Infinity": np.inf, "TooLargeForItsSquare": 1e25}
