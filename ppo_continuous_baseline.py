@@ -340,10 +340,13 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         if module:
             importlib.import_module(module)
         if family:
-            os.environ.setdefault("MUJOCO_GL", "disable")  # dm_control would look for a screen
             logging.getLogger("absl").setLevel(logging.ERROR)
+            if hide := "MUJOCO_GL" not in os.environ:
+                os.environ["MUJOCO_GL"] = "disable"  # dm_control looks for a screen as it is imported
             import shimmy
 
+            if hide:
+                del os.environ["MUJOCO_GL"]  # others may draw
             gym.register_envs(shimmy)
         family = family or str(gym.spec(name).entry_point)
         if "mujoco" in family or family == "shimmy":
