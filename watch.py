@@ -80,8 +80,7 @@ def play(script, args, leader, follower, envs, settings: Args):
     """Yields the `Moment` before each step of one game."""
     torch.manual_seed(settings.seed)
     obs, _ = envs.reset(seed=script.env_seeds(settings.seed, 2, num_envs=1))  # stream 2: not training, not evaluation
-    view = AtariView(script, envs) if hasattr(envs, "env") and "ale" in type(envs.unwrapped).__module__ else None
-    view = view or VectorView(script, envs, args)
+    view = AtariView(script, envs) if "atari" in script.__name__ else VectorView(script, envs, args)
     score = 0.0
     for _ in range(settings.steps):
         with torch.inference_mode():

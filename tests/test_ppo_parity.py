@@ -25,17 +25,15 @@ class Frames(gym.Env):
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
-def test_one_update_equals_stable_baselines3(monkeypatch):
-    steps, envs, batch_size, epochs, rate = 16, 4, 16, 3, 1e-3
-    args = ppo.Args(minibatch_size=batch_size, update_epochs=epochs, learning_rate=rate, norm_adv="minibatch")
-    leader, follower, *optimizers = build(ppo, args, num_actions=6)
+def their_ppo(policy, envs, num_steps, learning_rate, args):
+    """stable-baselines3's PPO with the settings of `args`, which logs nowhere."""
     reference = PPO(
-        "CnnPolicy",
-        DummyVecEnv([Frames] * envs),
-        n_steps=steps,
-        batch_size=batch_size,
-        n_epochs=epochs,
-        learning_rate=rate,
+        policy,
+        DummyVecEnv(envs),
+        n_steps=num_steps,
+        batch_size=args.minibatch_size,
+        n_epochs=args.update_epochs,
+        learning_rate=learning_rate,
         gamma=args.gamma,
         gae_lambda=args.gae_lambda,
         clip_range=args.clip_coef,
@@ -45,6 +43,14 @@ def test_one_update_equals_stable_baselines3(monkeypatch):
         device="cpu",
     )
     reference.set_logger(configure(None, []))
+    return reference
+
+
+def test_one_update_equals_stable_baselines3(monkeypatch):
+    steps, envs, batch_size, epochs, rate = 16, 4, 16, 3, 1e-3
+    args = ppo.Args(minibatch_size=batch_size, update_epochs=epochs, learning_rate=rate, norm_adv="minibatch")
+    leader, follower, *optimizers = build(ppo, args, num_actions=6)
+    reference = their_ppo("CnnPolicy", [Frames] * envs, steps, rate, args)
     pairs = [
         (reference.policy.features_extractor.cnn[0], leader.conv1),
         (reference.policy.features_extractor.cnn[2], leader.conv2),
@@ -95,39 +101,18 @@ def test_one_update_equals_stable_baselines3(monkeypatch):
         torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-5, rtol=0)
 
 
-class Vectors(gym.Env):
+class Vectors(Frames):
     """A vector space with nothing behind it."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
 
-    def reset(self, *, seed=None, options=None):
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        return self.observation_space.sample(), 0.0, False, False, {}
-
 
 def test_one_gaussian_update_equals_stable_baselines3(monkeypatch):
     size, batch_size, epochs, rate = 64, 16, 3, 1e-3
     args = continuous.Args(minibatch_size=batch_size, update_epochs=epochs, norm_obs=False, clip_value_loss=False)
-    reference = PPO(
-        "MlpPolicy",
-        DummyVecEnv([Vectors]),
-        n_steps=size,
-        batch_size=batch_size,
-        n_epochs=epochs,
-        learning_rate=rate,
-        gamma=args.gamma,
-        gae_lambda=args.gae_lambda,
-        clip_range=args.clip_coef,
-        ent_coef=0.01,
-        vf_coef=args.vf_coef,
-        max_grad_norm=args.max_grad_norm,
-        device="cpu",
-    )
-    reference.set_logger(configure(None, []))
     args.ent_coef = 0.01  # so that the Gaussian's entropy counts
+    reference = their_ppo("MlpPolicy", [Vectors], size, rate, args)
     leader = continuous.Leader(Vectors.observation_space, args)
     follower = continuous.Follower(leader.num_features, Vectors.action_space)
     optimizers = [torch.optim.Adam([{"params": p.parameters()}], lr=rate, eps=1e-5) for p in (leader, follower)]
