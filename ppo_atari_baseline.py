@@ -639,19 +639,43 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters())
 
 
-def clip_gradients(loss: torch.Tensor, max_norm: float, **players: nn.Module) -> torch.Tensor:
-    """Average the players' gradients over processes, scale them down to `max_norm`. Returns their norm before.
+def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
+    """Adam over all of a player's parameters at once: they become views of one vector, and that is what moves.
 
-    Raises FloatingPointError, naming the first tensor that is not finite, before any harm is done.
+    One operation in place of one per tensor, which for small networks saves a fifth of the update.
     """
-    parameters = {f"{player}.{n}": p for player, module in players.items() for n, p in named_parameters(module).items()}
-    average([parameter.grad for parameter in parameters.values()])
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters.values()])
+    parameters = list(module.parameters())
+    vectors = [nn.Parameter(flatten([parameter.detach() for parameter in parameters]))] if parameters else []
+    for vector in vectors:
+        for parameter, values in zip(parameters, vector.detach().split([p.numel() for p in parameters])):
+            parameter.data = values.view_as(parameter)
+    return torch.optim.Adam([{"params": vectors}], lr=args.learning_rate, eps=1e-5, fused=True)
+
+
+def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module):
+    """One step of the players along their `gradients`: means over processes, scaled down to the norm `max_norm`.
+
+    Returns the norm before. Raises FloatingPointError, naming the first tensor that is not finite,
+    before any harm is done.
+    """
+    gradient = flatten(gradients)
+    average([gradient])
+    norm = gradient.square().sum().sqrt()  # norm() of a million float32 is off by 1e-4 on a CPU
     if not (loss + norm).isfinite():
+        parameters = {f"{role}.{n}": p for role, player in players.items() for n, p in named_parameters(player).items()}
         require_finite({f"the parameter {name}": parameter for name, parameter in parameters.items()})
-        require_finite({f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()})
+        require_finite({f"the gradient of {name}": slope for name, slope in zip(parameters, gradients)})
         require_finite({"the loss": loss, "the gradient's norm": norm})
-    nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+    gradient *= (max_norm / (norm + 1e-6)).clamp(max=1)
+    moved = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
+    for vector, slope in zip(moved, gradient.split([vector.numel() for vector in moved])):
+        vector.grad = slope.view_as(vector)
+    for optimizer in optimizers:
+        optimizer.step()
     return norm
 
 
@@ -674,12 +698,10 @@ def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch
     """PPO: encoder and heads descend one loss under one norm clip. Two Adams of equal settings are one."""
     logits, values = follower(leader(minibatch.obs))
     loss, info = follower_loss(logits, values, minibatch, args)
-    leader_optimizer.zero_grad()
-    follower_optimizer.zero_grad()
-    loss.backward()
-    info["losses/grad_norm"] = clip_gradients(loss, args.max_grad_norm, leader=leader, follower=follower)
-    leader_optimizer.step()
-    follower_optimizer.step()
+    parameters = [parameter for player in (leader, follower) for parameter in named_parameters(player).values()]
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    optimizers, players = [leader_optimizer, follower_optimizer], {"leader": leader, "follower": follower}
+    info["losses/grad_norm"] = descend(optimizers, loss, gradients, args.max_grad_norm, **players)
     return info
 
 
@@ -1013,10 +1035,7 @@ def main(args: Args) -> dict:
     envs = make_envs(my_args)
     leader = Leader(envs.single_observation_space, args).to(device)
     follower = Follower(leader.num_features, envs.single_action_space).to(device)
-    leader_optimizer, follower_optimizer = (
-        torch.optim.Adam([{"params": module.parameters()}], lr=args.learning_rate, eps=1e-5, fused=True)
-        for module in (leader, follower)
-    )
+    leader_optimizer, follower_optimizer = (make_optimizer(player, args) for player in (leader, follower))
     if rank:
         torch.manual_seed(args.seed + (rank << 32))  # the same networks everywhere, other actions
     run_dir = start_run(args)

@@ -39,11 +39,14 @@ def build(script, args, num_actions=9):
 
     leader = script.Leader(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), args)
     follower = script.Follower(leader.num_features, gym.spaces.Discrete(num_actions))
-    optimizers = [
-        torch.optim.Adam(module.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-        for module in (leader, follower)
-    ]
-    return leader, follower, *optimizers
+    return leader, follower, script.make_optimizer(leader, args), script.make_optimizer(follower, args)
+
+
+def last_gradients(optimizer, module):
+    """Of each parameter, as the optimizer's last step took it."""
+    (vector,) = optimizer.param_groups[0]["params"]
+    parameters = list(module.parameters())
+    return [g.view_as(p) for g, p in zip(vector.grad.split([p.numel() for p in parameters]), parameters)]
 
 
 def random_batch(script, leader, follower, size=32):

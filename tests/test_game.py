@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import build, random_batch
+from conftest import build, last_gradients, random_batch
 
 import sprig_atari as sprig
 
@@ -45,7 +45,7 @@ def test_follower_answers_the_features_from_after_the_leaders_move():
     batch = random_batch(sprig, leader, follower)
     phi = clones(follower)[0]
     sprig.stackelberg_step(leader, follower, *optimizers, batch, args)
-    taken = [p.grad.clone() for p in follower.parameters()]
+    taken = last_gradients(optimizers[1], follower)
     with torch.no_grad():  # put the follower back: the leader has moved
         for p, old in zip(follower.parameters(), phi):
             p.copy_(old)

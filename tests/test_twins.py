@@ -1,6 +1,7 @@
 """The twins differ by the algorithm alone, in text and in numbers."""
 
 import copy
+import functools
 import re
 
 import pytest
@@ -102,6 +103,42 @@ def test_joint_update_is_bit_identical_to_the_baselines(norm_adv):
             assert torch.equal(p, q), name
     assert results[1][1].items() <= results[0][1].items()
     assert not torch.equal(results[0][0][0].convs[0].weight, leader.convs[0].weight), "nothing was trained"
+
+
+@pytest.mark.parametrize("update", ["stackelberg", "joint"])
+def test_ten_steps_of_one_vector_are_those_of_a_tensor_each(script, update):
+    """make_optimizer and descend against PyTorch's own Adam and clipping on separate tensors."""
+    game = {"update": update} if hasattr(script.Args, "update") else {}
+    args = script.Args(max_grad_norm=0.1, learning_rate=1e-4, **game)
+    leader, follower, *_ = build(script, args)
+    batch = random_batch(script, leader, follower, 8)
+    start = [p.clone() for player in (leader, follower) for p in player.parameters()]
+    results = []
+    for one_vector in (True, False):
+        players = copy.deepcopy((leader, follower))
+        adam = functools.partial(torch.optim.Adam, lr=1e-4, eps=1e-5)
+        optimizers = [script.make_optimizer(p, args) if one_vector else adam(p.parameters()) for p in players]
+
+        def plainly(optimizers, loss, gradients, max_norm, **players):
+            parameters = [p for player in players.values() for p in player.parameters()]
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+            return norm
+
+        torch.manual_seed(7)  # the rows that the cost samples
+        with pytest.MonkeyPatch.context() as patch:
+            if not one_vector:
+                patch.setattr(script, "descend", plainly)
+            step = script.joint_step if update == "joint" or not game else script.stackelberg_step
+            norms = [step(*players, *optimizers, batch, args)["losses/grad_norm"] for _ in range(10)]
+        assert max(norms) > args.max_grad_norm, "nothing was clipped"
+        results.append([p for player in players for p in player.parameters()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert max((a - b).abs().max() for a, b in zip(results[0], start)) > 5e-4, "nothing was trained"
 
 
 def test_target_kl_stops_between_epochs(script):
