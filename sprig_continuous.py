@@ -185,8 +185,9 @@ class Args:
     """weight of the squared value error in the leader's loss (Algorithm 1: none)"""
     attention: Literal["gated", "figure4", "none"] = "gated"
     """ReLU and x + γ·attention(x); attention(x) alone as drawn in Figure 4; or no attention"""
-    update: Literal["stackelberg", "joint"] = "stackelberg"
-    """leader and follower in turn, or PPO's joint step on the same networks"""
+    update: Literal["stackelberg", "simultaneous", "separate", "stopped", "joint"] = "stackelberg"
+    """leader, then follower; or what lies between that and PPO's joint step on the same networks: no value gradient to
+    the leader (stopped), also a norm clip for each (separate), also the leader's own loss (simultaneous)"""
     perception_cost_in_reward: bool = False
     """learn from R - λ_c·C_θ(s), the trace of Eq. (13) in deep RL"""
     paper_literal: bool = False
@@ -233,8 +234,8 @@ def check_args(args: Args) -> Args:
         fail(f"--target-kl must be positive, not {args.target_kl}")
     if args.correction_clamp is not None and not args.correction_clamp >= 0:
         fail(f"--correction-clamp must not be negative, but is {args.correction_clamp}")
-    if args.leader_gradient != "first-order" and args.update == "joint":
-        fail(f"--leader-gradient {args.leader_gradient} is for two players, but --update is joint")
+    if args.leader_gradient != "first-order" and args.update != "stackelberg":
+        fail(f"--leader-gradient {args.leader_gradient} needs a leader that moves first: set --update stackelberg")
     if not 0 <= args.cooperation_weight <= 1:
         fail(f"--cooperation-weight must lie in [0, 1], not {args.cooperation_weight}")
     if args.perception_cost_in_reward and args.attention == "none":
@@ -1123,6 +1124,28 @@ def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch
     return info
 
 
+def simultaneous_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
+    """Both players move at once, from the same θ and φ: nobody leads. What lies between PPO and SPRIG, step by step."""
+    theta, phi = (list(named_parameters(player).values()) for player in (leader, follower))
+    features, attention = leader(minibatch.obs, num_rows=cost_rows(args))
+    logits, values = follower(features)
+    loss, info = follower_loss(logits, values, minibatch, args)
+    leaders_loss, _ = follower_loss(logits, values.detach(), minibatch, args)  # the value error is none of θ's business
+    if args.update == "simultaneous":
+        cost = perception_cost(attention, args.perception_cost)
+        leaders_loss, leader_info = leader_loss(logits, values, cost, minibatch, args)  # Eq. (8)
+        info |= leader_info
+    leaders_gradients = differentiate(leaders_loss, theta, retain_graph=True)
+    gradients = differentiate(loss, phi)
+    if args.update == "stopped":  # under one norm clip, as in PPO
+        optimizers, players = [leader_optimizer, follower_optimizer], {"leader": leader, "follower": follower}
+        norm = descend(optimizers, loss, leaders_gradients + gradients, args.max_grad_norm, **players)
+        return info | {"losses/grad_norm": norm}
+    leader_norm = descend([leader_optimizer], leaders_loss, leaders_gradients, args.max_grad_norm, leader=leader)
+    follower_norm = descend([follower_optimizer], loss, gradients, args.max_grad_norm, follower=follower)
+    return info | {"leader/grad_norm": leader_norm, "losses/grad_norm": follower_norm}
+
+
 def leader_gradient(
     leader_loss_fn,
     follower_loss_fn,
@@ -1292,7 +1315,7 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
 
 def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
     """All epochs over one rollout. Returns the means of what the losses report."""
-    step = joint_step if args.update == "joint" else stackelberg_step
+    step = {"stackelberg": stackelberg_step, "joint": joint_step}.get(args.update, simultaneous_step)
     history = []
     for _ in range(args.update_epochs):
         epoch = []

@@ -1,6 +1,7 @@
 """Where the paper leaves a choice, measure it: variants of SPRIG on the patch task (patch_task.py).
 
     python benchmark/decisions.py
+    python benchmark/decisions.py --variants default "paper literal"   # these anew, the other rows stay
 
 Table 1's settings but for the rollout (8 x 32) and γ = 0.5 (each step is a problem of its own). A
 variant's score is the mean return of all games played in training, as a fraction of the optimum:
@@ -29,6 +30,9 @@ VARIANTS = {
     "row 5: log-prob objective": {"leader_objective": "log-prob"},
     "row 10: value gradient to the leader": {"leader_value_coef": 0.5},
     "joint PPO loss, same networks": {"update": "joint"},
+    "joint, value gradient stopped at the leader": {"update": "stopped"},
+    "and a norm clip for each player": {"update": "separate"},
+    "and the leader's own loss": {"update": "simultaneous"},
     "paper literal": {"paper_literal": True},
     "PPO, Nature CNN": None,
 }
@@ -36,6 +40,8 @@ VARIANTS = {
 
 @dataclass
 class Args:
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """which to run; the others keep the rows they have"""
     seeds: tuple[int, ...] = (101, 102, 103)
     """tuning seeds"""
     steps: int = 2048
@@ -62,15 +68,20 @@ def score(variant: dict | None, seed: int, args: Args) -> float:
 
 
 def main(args: Args) -> None:
+    if unknown := set(args.variants) - set(VARIANTS):
+        raise SystemExit(f"error: no variant {sorted(unknown)[0]!r}; there are: {', '.join(VARIANTS)}")
+    rows = []
+    if args.output.exists():
+        with open(args.output) as file:
+            rows = [row for row in csv.reader(file) if row[0] not in (*args.variants, "variant")]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", "seed", "steps", "score"])
-        for name, variant in VARIANTS.items():
-            scores = [score(variant, seed, args) for seed in args.seeds]
-            writer.writerows([name, seed, args.steps, f"{x:.4f}"] for seed, x in zip(args.seeds, scores))
-            file.flush()
-            print(f"| {name} | {' | '.join(f'{x:.2f}' for x in scores)} | {statistics.mean(scores):.2f} |", flush=True)
+    for name in args.variants:
+        scores = [score(VARIANTS[name], seed, args) for seed in args.seeds]
+        rows += [[name, seed, args.steps, f"{x:.4f}"] for seed, x in zip(args.seeds, scores)]
+        rows.sort(key=lambda row: list(VARIANTS).index(row[0]))
+        with open(args.output, "w", newline="") as file:
+            csv.writer(file).writerows([["variant", "seed", "steps", "score"], *rows])
+        print(f"| {name} | {' | '.join(f'{x:.2f}' for x in scores)} | {statistics.mean(scores):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

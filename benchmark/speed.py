@@ -1,16 +1,26 @@
-"""Steps per second of a pair of twins and of stable-baselines3's PPO, at the twins' default settings, measured in turn.
+"""Steps per second of a pair of twins and of stable-baselines3's PPO, what they go into, and how many there could be.
 
-    python benchmark/speed.py                      # BeamRider
-    python benchmark/speed.py --family continuous  # HalfCheetah
+    python benchmark/speed.py                        # BeamRider at Table 1's settings
+    python benchmark/speed.py --settings cleanrl     # BeamRider at those that CleanRL publishes
+    python benchmark/speed.py --family continuous    # HalfCheetah
+    python benchmark/speed.py --device cuda
 
 Each round trains each of the three for `steps` agent steps, in a process of its own, so that a machine whose speed
 drifts slows all of them; ratios are taken within a round and their median reported. Start-up is not counted.
-stable-baselines3 plays through its own wrappers: Atari's, 8 environments in one process (its default), or VecNormalize.
+stable-baselines3 plays through its own wrappers: Atari's, environments in one process (its default), or VecNormalize.
+
+After the rounds each twin trains once more under a clock, which tells the phases apart (on a GPU it waits for the
+device at each change of phase). Then its last gradient step is repeated alone. Two limits follow, in steps per
+second: `bare update` if all but the gradient steps were free; `arithmetic` if nothing took time but the floating-point
+operations, at the rate of a large matrix product. Writes a table in Markdown and all that was measured as CSV.
 """
 
+import csv
 import dataclasses
 import importlib
+import json
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,32 +40,160 @@ TWINS = {
     "atari": ("ppo_atari_baseline.py", "sprig_atari.py"),
     "continuous": ("ppo_continuous_baseline.py", "sprig_continuous.py"),
 }
+SETTINGS = {
+    "default": {},  # Table 1 on Atari, the usual ones for MuJoCo on vectors
+    "cleanrl": {  # https://github.com/vwxyzjn/cleanrl, ppo_atari.py
+        "num_steps": 128,
+        "minibatch_size": 256,
+        "learning_rate": 2.5e-4,
+        "anneal_lr": True,
+        "norm_adv": "minibatch",
+        "clip_coef": 0.1,
+        "clip_value_loss": True,
+        "vf_coef": 0.25,
+    },
+}
+PHASES = ("emulator", "inference", "leader", "follower", "joint step", "logging", "other")
 
 
 @dataclass
 class Args:
     family: Literal["atari", "continuous"] = "atari"
     """which twins: on BeamRider, or on HalfCheetah"""
+    settings: Literal["default", "cleanrl"] = "default"
+    """the scripts' own (Table 1 on Atari), or CleanRL's for Atari"""
     rounds: int = 5
     """rounds; each trains every contestant once"""
     steps: int = 0
     """agent steps per contestant and round (0: 4096 on Atari, 16384 on vectors)"""
     threads: int = 0
     """CPU threads of the networks and of the emulator (0: 2 on Atari, 1 on vectors)"""
+    device: str = "cpu"
+    """where the networks are: cpu or cuda"""
     output: Path | None = None
-    """the table, in Markdown (default: benchmark/results/speed.md or speed_continuous.md)"""
+    """the table; its data as .csv beside it (default: benchmark/results/speed[_continuous][_cleanrl][_cuda].md)"""
     contestant: str = "all"
-    """run this one once in this process and print its steps per second"""
+    """run this one once in this process and print what was measured"""
+    clock: bool = False
+    """with --contestant: tell the phases apart, which costs some speed"""
 
 
-def stable_baselines3(args: Args) -> float:
+class Clock:
+    """Adds up the seconds of each phase, from start() on; where phases are nested, the innermost counts."""
+
+    def __init__(self, device: str):
+        self.phases, self.on_gpu = ["other"], device != "cpu"
+        self.start()
+
+    def start(self) -> None:
+        self.seconds, self.since = dict.fromkeys(PHASES, 0.0), time.perf_counter()
+
+    def turn_to(self, phases: list[str]) -> None:
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[self.phases[-1]] += now - self.since
+        self.since, self.phases = now, phases
+
+    def watch(self, owner, name: str, phase: str) -> None:
+        """Count calls of owner.name as `phase`."""
+        function = getattr(owner, name)
+
+        def timed(*inputs, **options):
+            outside = self.phases
+            self.turn_to([*outside, phase])
+            try:
+                return function(*inputs, **options)
+            finally:
+                self.turn_to(outside)
+
+        setattr(owner, name, timed)
+
+
+def watch_phases(script, clock: Clock) -> list:
+    """Let the clock follow a script's main. Returns a list for the last gradient step, function and inputs."""
+    make_envs, collect_rollout, descend = script.make_envs, script.collect_rollout, script.descend
+    last_step = []
+
+    def watched_envs(*inputs, **options):
+        envs = make_envs(*inputs, **options)
+        clock.watch(envs, "step", "emulator")
+        return envs
+
+    def first_rollout(*inputs):
+        clock.start()
+        script.collect_rollout = collect_rollout
+        clock.watch(script, "collect_rollout", "inference")
+        return script.collect_rollout(*inputs)
+
+    def descend_and_turn(*inputs, **players):
+        norm = descend(*inputs, **players)
+        if list(players) == ["leader"]:  # its stage is over
+            clock.turn_to([*clock.phases[:-1], "follower"])
+        return norm
+
+    script.make_envs, script.collect_rollout, script.descend = watched_envs, first_rollout, descend_and_turn
+    for name in ("log_iteration", "save_checkpoint"):
+        clock.watch(script, name, "logging")
+    name, phase = (
+        ("stackelberg_step", "leader") if hasattr(script, "stackelberg_step") else ("joint_step", "joint step")
+    )
+    step = getattr(script, name)
+    clock.watch(script, name, phase)
+    timed = getattr(script, name)
+
+    def remembered(*inputs):
+        last_step[:] = [step, *inputs]
+        return timed(*inputs)
+
+    setattr(script, name, remembered)
+    return last_step
+
+
+def limits(last_step: list, args: Args) -> dict:
+    """Steps per second if nothing but the gradient steps took time, and if they ran at the machine's rate."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def seconds(function, repeats: int) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    step, leader, follower, *_, minibatch, settings = last_step
+    per_step = settings.update_epochs / settings.minibatch_size  # gradient steps per agent step
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        follower(leader(minibatch.obs[:1]))
+    acting = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        step(*last_step[1:])
+    flops = acting + per_step * counter.get_total_flops()
+    matrix = torch.randn(4096, 4096, device=args.device)
+    rate = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix, 7)
+    return {
+        "megaflop per step": flops / 1e6,
+        "gigaflop per second of a matrix product": rate / 1e9,
+        "limit: bare update": 1 / (per_step * seconds(lambda: step(*last_step[1:]), 30)),
+        "limit: arithmetic": rate / flops,
+    }
+
+
+def stable_baselines3(args: Args) -> dict:
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
     torch.set_num_threads(args.threads)
-    settings = importlib.import_module(Path(TWINS[args.family][0]).stem).Args()
+    script = importlib.import_module(Path(TWINS[args.family][0]).stem)
+    settings = script.Args(**SETTINGS[args.settings])
     if args.family == "atari":
         envs = VecFrameStack(make_atari_env(settings.env_id, n_envs=settings.num_envs, seed=0), 4)
     else:
@@ -67,71 +205,135 @@ def stable_baselines3(args: Args) -> float:
         batch_size=settings.minibatch_size,
         n_epochs=settings.update_epochs,
         learning_rate=settings.learning_rate,
+        clip_range=settings.clip_coef,
         clip_range_vf=settings.clip_coef if settings.clip_value_loss else None,
         ent_coef=settings.ent_coef,
         vf_coef=settings.vf_coef,
-        device="cpu",
+        device=args.device,
     )
     start = time.perf_counter()
     model.learn(args.steps)
-    return args.steps / (time.perf_counter() - start)
+    return {"steps per second": args.steps / (time.perf_counter() - start)}
 
 
-def ours(name: str, args: Args) -> float:
+def ours(name: str, args: Args) -> dict:
+    """One training run. With `clock`, each phase's share of the time, and the limits."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     script = importlib.import_module(Path(name).stem)
-    settings = {"device": "cpu", "threads": args.threads, "total_timesteps": args.steps, "eval_episodes": 0}
+    settings = {"device": args.device, "threads": args.threads, "total_timesteps": args.steps, "eval_episodes": 0}
+    clock = Clock(args.device)
+    last_step = watch_phases(script, clock) if args.clock else []
     with tempfile.TemporaryDirectory() as folder:
-        script.main(script.Args(run_dir=f"{folder}/run", **settings))
+        script.main(script.Args(run_dir=f"{folder}/run", **settings, **SETTINGS[args.settings]))
+        clock.turn_to(["other"])
+        if args.clock:
+            total = sum(clock.seconds.values())
+            shares = {f"share: {phase}": seconds / total for phase, seconds in clock.seconds.items()}
+            return shares | limits(last_step, args)
         events = EventAccumulator(f"{folder}/run")
         events.Reload()
-        return events.Scalars("charts/SPS")[-1].value
+        return {"steps per second": events.Scalars("charts/SPS")[-1].value}
 
 
-def measure(name: str, args: Args) -> float:
-    """Steps per second of one contestant, in a fresh process."""
-    command = [sys.executable, __file__, "--family", args.family, "--contestant", name]
-    command += ["--steps", str(args.steps), "--threads", str(args.threads)]
-    output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
-    return float(output.split()[-1])
+def contest(args: Args) -> dict:
+    """What one contestant's run measured, with the process's largest memory."""
+    measured = stable_baselines3(args) if args.contestant == REFERENCE else ours(args.contestant, args)
+    measured["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if args.device != "cpu":
+        import torch
+
+        measured["peak GPU memory, MiB"] = torch.cuda.max_memory_allocated() / 2**20
+    return measured
+
+
+def measure(name: str, args: Args, clock: bool = False) -> dict:
+    """contest() in a fresh process."""
+    command = [sys.executable, __file__, "--family", args.family, "--settings", args.settings, "--device", args.device]
+    command += ["--contestant", name, "--steps", str(args.steps), "--threads", str(args.threads)]
+    command += ["--clock"] if clock else []
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(f"error: {name} failed: {(process.stderr.strip() or 'no message').splitlines()[-1]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def main(args: Args) -> None:
     atari = args.family == "atari"
     args = dataclasses.replace(args, steps=args.steps or (4096 if atari else 16384), threads=args.threads or 1 + atari)
+    if args.settings == "cleanrl" and not atari:
+        raise SystemExit("error: --settings cleanrl is for Atari; the vector scripts' own settings are CleanRL's")
     if args.contestant != "all":
-        print(stable_baselines3(args) if args.contestant == REFERENCE else ours(args.contestant, args))
+        print(json.dumps(contest(args)))
         return
     contestants = (REFERENCE, *TWINS[args.family])
-    speeds = {name: [] for name in contestants}
-    for _ in range(args.rounds):
+    rounds = [{} for _ in range(args.rounds)]
+    for measured in rounds:
         for name in contestants:
-            speeds[name].append(measure(name, args))
-            print(f"{name}: {speeds[name][-1]:.0f} steps/s", file=sys.stderr)
-    reference, ppo, sprig = speeds.values()
-    ratios = {
-        "PPO's steps per second over stable-baselines3's": [a / b for a, b in zip(ppo, reference)],
-        "SPRIG's time per step over PPO's": [a / b for a, b in zip(ppo, sprig)],
-    }
-    simulator = "ale-py" if atari else "mujoco"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", simulator, "gymnasium", "stable-baselines3"))
+            measured[name] = measure(name, args)
+            print(f"{name}: {measured[name]['steps per second']:.0f} steps/s", file=sys.stderr)
+    clocked = {name: measure(name, args, clock=True) for name in TWINS[args.family]}
+
+    suffix = "" if atari else "_continuous"
+    suffix += ("" if args.settings == "default" else f"_{args.settings}") + ("" if args.device == "cpu" else "_cuda")
+    output = args.output or Path(f"benchmark/results/speed{suffix}.md")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = report(rounds, clocked, args)
+    output.write_text(text)
+    with open(output.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["contestant", "round", "quantity", "value"])
+        for number, measured in [*enumerate(rounds, start=1), ("clocked", clocked)]:
+            for name, quantities in measured.items():
+                writer.writerows([name, number, quantity, f"{value:.6g}"] for quantity, value in quantities.items())
+    print(text, end="")
+
+
+def report(rounds: list[dict], clocked: dict, args: Args) -> str:
+    """The table: medians over rounds with their range, then what the clock told."""
+    _, ppo, sprig = contestants = (REFERENCE, *TWINS[args.family])
+    packages = ("torch", "ale-py" if args.family == "atari" else "mujoco", "gymnasium", "stable-baselines3")
+    command = f"python benchmark/speed.py --family {args.family} --settings {args.settings} --rounds {args.rounds}"
+    command += f" --steps {args.steps} --threads {args.threads} --device {args.device}"
     lines = [
-        f"`python benchmark/speed.py --family {args.family} --rounds {args.rounds} --steps {args.steps} "
-        f"--threads {args.threads}` on {cpu_model()} ({platform.machine()}), "
-        f"Python {platform.python_version()}, {packages}.",
+        f"`{command}` on {machine(args.device)}, Python {platform.python_version()}, "
+        f"{', '.join(f'{name} {version(name)}' for name in packages)}.",
         "",
         f"| | median of {args.rounds} | lowest | highest |",
         "|-|-|-|-|",
     ]
-    for name, values in speeds.items():
-        lines.append(f"| {name}, steps/s | {statistics.median(values):.0f} | {min(values):.0f} | {max(values):.0f} |")
-    for name, values in ratios.items():
-        lines.append(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
-    output = args.output or Path("benchmark/results") / ("speed.md" if atari else "speed_continuous.md")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+
+    def row(title: str, values: list[float], form: str) -> str:
+        return f"| {title} | " + " | ".join(f"{f(values):{form}}" for f in (statistics.median, min, max)) + " |"
+
+    def speeds(name: str) -> list[float]:
+        return [measured[name]["steps per second"] for measured in rounds]
+
+    lines += [row(f"{name}, steps/s", speeds(name), ".0f") for name in contestants]
+    ratios = {
+        "PPO's steps per second over stable-baselines3's": zip(speeds(ppo), speeds(REFERENCE)),
+        "SPRIG's time per step over PPO's": zip(speeds(ppo), speeds(sprig)),
+    }
+    lines += [row(title, [a / b for a, b in pairs], ".2f") for title, pairs in ratios.items()]
+    lines += [
+        row(f"{name}, peak memory, MiB", [m[name]["peak memory, MiB"] for m in rounds], ".0f") for name in contestants
+    ]
+    lines += ["", "| | " + " | ".join(clocked) + " |", "|-|" + "-|" * len(clocked)]
+    for quantity in dict.fromkeys(quantity for measured in clocked.values() for quantity in measured):
+        if quantity.startswith("peak"):
+            continue
+        form = ".0%" if quantity.startswith("share") else ",.0f"
+        cells = (f"{measured[quantity]:{form}}" if quantity in measured else "" for measured in clocked.values())
+        lines.append(f"| {quantity} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def machine(device: str) -> str:
+    if device != "cpu":
+        import torch
+
+        return f"{torch.cuda.get_device_name()} and {cpu_model()}"
+    return f"{cpu_model()} ({platform.machine()})"
 
 
 def cpu_model() -> str:

@@ -55,6 +55,45 @@ def test_follower_answers_the_features_from_after_the_leaders_move():
         torch.testing.assert_close(got, expected)
 
 
+# -- Between PPO and the game -----------------------------------------------------------------------
+def moved_by(update, changes=None, **settings):
+    """Parameters of leader and follower after one step of --update from a common start."""
+    args = sprig.Args(**{"update": update, "learning_rate": 1e-3, "max_grad_norm": 1e9, **settings})
+    torch.manual_seed(1)
+    leader, follower, *optimizers = build(sprig, args)
+    for block in leader.blocks:  # at its first value, 0, attention would not matter
+        torch.nn.init.constant_(block.gate, 0.5)
+    batch = random_batch(sprig, leader, follower, 8)._replace(**(changes or {}))
+    start = clones(leader, follower)
+    step = {"stackelberg": sprig.stackelberg_step, "joint": sprig.joint_step}.get(update, sprig.simultaneous_step)
+    step(leader, follower, *optimizers, batch, args)
+    for old, new in zip(start, clones(leader, follower)):
+        assert not same(old, new), "nothing was moved"
+    return clones(leader, follower)
+
+
+def close(a, b):
+    return all(torch.allclose(x, y, rtol=0, atol=2e-5) for x, y in zip(sum(a, []), sum(b, [])))
+
+
+def test_each_rung_from_ppo_to_the_game_changes_one_thing():
+    for settings in ({}, {"max_grad_norm": 0.1}):  # joint -> stopped: the value error no longer reaches the leader
+        assert close(moved_by("joint", vf_coef=0, **settings), moved_by("stopped", vf_coef=0, **settings))
+        assert not close(moved_by("joint", **settings), moved_by("stopped", **settings))
+    one, other = moved_by("stopped"), moved_by("stopped", {"returns": torch.randn(8)})
+    assert same(one[0], other[0]) and not same(one[1], other[1])
+    # stopped -> separate: each its own norm clip
+    assert close(moved_by("stopped"), moved_by("separate"))
+    assert not close(moved_by("stopped", max_grad_norm=1e-4), moved_by("separate", max_grad_norm=1e-4))
+    # separate -> simultaneous: the leader's own loss, which has α, the cost and no entropy bonus
+    mine = {"cooperation_weight": 1.0, "ent_coef": 0.0}
+    assert close(moved_by("separate", **mine), moved_by("simultaneous", **mine))
+    assert not close(moved_by("separate"), moved_by("simultaneous", perception_cost_weight=10.0, cost_rows=0))
+    # simultaneous -> stackelberg: the leader moves alike, the follower answers what it then shows
+    one, other = moved_by("simultaneous", cost_rows=0), moved_by("stackelberg", cost_rows=0)
+    assert close(one[:1], other[:1]) and not close(one[1:], other[1:])
+
+
 # -- Losses against finite differences -------------------------------------------------------------
 class Tiny(torch.nn.Module):
     def __init__(self, width_in, *widths_out):

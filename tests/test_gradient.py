@@ -500,7 +500,7 @@ BAD = {
     "no iteration": ({"cg_iterations": 0}, "--cg-iterations must be at least 1"),
     "negative tolerance": ({"cg_tolerance": -1e-3}, "--cg-tolerance must not be negative"),
     "negative clamp": ({"correction_clamp": -1.0}, "--correction-clamp must not be negative"),
-    "no leader": ({"leader_gradient": "implicit", "update": "joint"}, "--update is joint"),
+    "no leader": ({"leader_gradient": "implicit", "update": "joint"}, "set --update stackelberg"),
     "literal": ({"leader_gradient": "unrolled", "paper_literal": True}, "--paper-literal decides --leader-gradient"),
 }
 
