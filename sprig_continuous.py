@@ -185,20 +185,23 @@ class Args:
     """weight of the squared value error in the leader's loss (Algorithm 1: none)"""
     attention: Literal["gated", "figure4", "none"] = "gated"
     """ReLU and x + γ·attention(x); attention(x) alone as drawn in Figure 4; or no attention"""
+    feature_scale: float = 0.25
+    """factor on the features that the follower sees: how far one of Adam's steps moves the policy"""
     update: Literal["stackelberg", "simultaneous", "separate", "stopped", "joint"] = "stackelberg"
     """leader, then follower; or what lies between that and PPO's joint step on the same networks: no value gradient to
     the leader (stopped), also a norm clip for each (separate), also the leader's own loss (simultaneous)"""
     perception_cost_in_reward: bool = False
     """learn from R - λ_c·C_θ(s), the trace of Eq. (13) in deep RL"""
     paper_literal: bool = False
-    """the paper as printed: rows 1, 2, 4, 5 and 10 of docs/paper.md"""
+    """the paper as printed: rows 1, 2, 4, 5, 10 and 11 of docs/paper.md"""
 
 
-# --paper-literal: rows 1, 2, 4, 5 and 10 of docs/paper.md as printed.
+# --paper-literal: rows 1, 2, 4, 5, 10 and 11 of docs/paper.md as printed.
 PAPER_LITERAL = {
     "cooperation_weight": 0.3,  # line 11 puts its α = 0.7 on the cost, 0.3 on the return
     "perception_cost": "l1",
     "attention": "figure4",
+    "feature_scale": 1.0,
     "leader_objective": "log-prob",
     "leader_gradient": "first-order",
     "leader_value_coef": 0.0,
@@ -236,6 +239,8 @@ def check_args(args: Args) -> Args:
         fail(f"--correction-clamp must not be negative, but is {args.correction_clamp}")
     if args.leader_gradient != "first-order" and args.update != "stackelberg":
         fail(f"--leader-gradient {args.leader_gradient} needs a leader that moves first: set --update stackelberg")
+    if not 0 < args.feature_scale < math.inf:
+        fail(f"--feature-scale must be positive, not {args.feature_scale}")
     if not 0 <= args.cooperation_weight <= 1:
         fail(f"--cooperation-weight must lie in [0, 1], not {args.cooperation_weight}")
     if args.perception_cost_in_reward and args.attention == "none":
@@ -767,7 +772,8 @@ class Leader(nn.Module):
             if block is not None:
                 x, rows = block(x, num_rows)
                 attention.append(rows)
-        features = x.flatten(1)  # (B, n·C)
+        # DEVIATION: row 11, scaled down: LayerNorm's unit scale makes each of Adam's steps a leap of the policy
+        features = self.args.feature_scale * x.flatten(1)  # (B, n·C)
         return features if num_rows is None else (features, attention)
 
     @torch.no_grad()
