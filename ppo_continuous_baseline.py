@@ -805,7 +805,8 @@ def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
     for vector in vectors:
         for parameter, values in zip(parameters, vector.detach().split([p.numel() for p in parameters])):
             parameter.data = values.view_as(parameter)
-    return torch.optim.Adam([{"params": vectors}], lr=args.learning_rate, eps=1e-5, fused=True)
+    rate = args.learning_rate
+    return torch.optim.Adam([{"params": vectors, "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
 
 
 def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -1230,7 +1231,7 @@ def main(args: Args) -> dict:
         for iteration in range(global_step // rollout_size, num_iterations):
             if args.anneal_lr:
                 for group in leader_optimizer.param_groups + follower_optimizer.param_groups:
-                    group["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+                    group["lr"] = group["initial_lr"] * (1 - iteration / num_iterations)
 
             try:
                 obs, games = collect_rollout(envs, obs, leader, follower, rollout)
@@ -1252,7 +1253,7 @@ def main(args: Args) -> dict:
             games = sorted(game for mine in gather(games) for game in mine)
             recent_returns.extend(episodic_return for _, episodic_return, _ in games)
             metrics["losses/explained_variance"] = np.mean(gather(explained_variance(batch.values, batch.returns)))
-            metrics["charts/learning_rate"] = leader_optimizer.param_groups[0]["lr"]
+            metrics["charts/learning_rate"] = follower_optimizer.param_groups[0]["lr"]
             metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
             if shown_obs is None:
                 shown_obs = batch.obs[-4:].clone()  # the same few for the whole run

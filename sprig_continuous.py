@@ -181,6 +181,8 @@ class Args:
     """implicit: the residual, relative to the right-hand side, at which they stop"""
     correction_clamp: float | None = 1.0
     """largest norm of total minus first-order gradient, as a multiple of the first-order one's (None: no bound)"""
+    leader_rate_factor: float = 1.0
+    """the leader's step size, as a multiple of --learning-rate"""
     leader_value_coef: float = 0.0
     """weight of the squared value error in the leader's loss (Algorithm 1: none)"""
     attention: Literal["gated", "figure4", "none"] = "gated"
@@ -227,7 +229,8 @@ def check_args(args: Args) -> Args:
     for name in not_negative:
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm", "unroll_step_size"):
+    positive = ("learning_rate", "clip_coef", "max_grad_norm", "unroll_step_size")
+    for name in (*positive, "leader_rate_factor", "feature_scale"):
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in ("gamma", "gae_lambda"):
@@ -239,8 +242,6 @@ def check_args(args: Args) -> Args:
         fail(f"--correction-clamp must not be negative, but is {args.correction_clamp}")
     if args.leader_gradient != "first-order" and args.update != "stackelberg":
         fail(f"--leader-gradient {args.leader_gradient} needs a leader that moves first: set --update stackelberg")
-    if not 0 < args.feature_scale < math.inf:
-        fail(f"--feature-scale must be positive, not {args.feature_scale}")
     if not 0 <= args.cooperation_weight <= 1:
         fail(f"--cooperation-weight must lie in [0, 1], not {args.cooperation_weight}")
     if args.perception_cost_in_reward and args.attention == "none":
@@ -1074,7 +1075,8 @@ def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
     for vector in vectors:
         for parameter, values in zip(parameters, vector.detach().split([p.numel() for p in parameters])):
             parameter.data = values.view_as(parameter)
-    return torch.optim.Adam([{"params": vectors}], lr=args.learning_rate, eps=1e-5, fused=True)
+    rate = args.learning_rate * (args.leader_rate_factor if isinstance(module, Leader) else 1)
+    return torch.optim.Adam([{"params": vectors, "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
 
 
 def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -1700,7 +1702,7 @@ def main(args: Args) -> dict:
         for iteration in range(global_step // rollout_size, num_iterations):
             if args.anneal_lr:
                 for group in leader_optimizer.param_groups + follower_optimizer.param_groups:
-                    group["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+                    group["lr"] = group["initial_lr"] * (1 - iteration / num_iterations)
 
             try:
                 obs, games = collect_rollout(envs, obs, leader, follower, rollout)
@@ -1722,7 +1724,7 @@ def main(args: Args) -> dict:
             games = sorted(game for mine in gather(games) for game in mine)
             recent_returns.extend(episodic_return for _, episodic_return, _ in games)
             metrics["losses/explained_variance"] = np.mean(gather(explained_variance(batch.values, batch.returns)))
-            metrics["charts/learning_rate"] = leader_optimizer.param_groups[0]["lr"]
+            metrics["charts/learning_rate"] = follower_optimizer.param_groups[0]["lr"]
             metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
             if shown_obs is None:
                 shown_obs = batch.obs[-4:].clone()  # the same few for the whole run
