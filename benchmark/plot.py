@@ -12,7 +12,7 @@ Fixed before any run was looked at:
 - A curve has 100 points, each the mean return of the whole games that ended within the 10 % of the steps before it. The
   last one is the final score. The area under the curve, over its length, is the mean of the ten windows of 10 % that
   make up the training ("mean over training").
-- Against time the same points stand where the run was by then: at the mean of its seeds' seconds.
+- Against time the same points stand at the seconds at which the run had come so far; a mean over seeds at their mean.
 - Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own.
 - Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and 95 % intervals by
   bootstrap over seeds; from 5 on, tests as well, two-sided, corrected after Holm over the arms of a task.
@@ -27,17 +27,15 @@ import hashlib
 import json
 import re
 import tomllib
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 from rliable import library, metrics
 from scipy import stats
@@ -116,13 +114,16 @@ def read_matrix(path: Path) -> Matrix:
         return Matrix(path.stem, record["question"], tasks, record["seeds"], titles, lengths)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f"{path} is no TOML file: {error}")
-    except KeyError as error:
-        fail(f"{path} has no {error}; question, tasks, seeds and [arms.<label>] are needed")
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        fail(f"{path} needs question, tasks, seeds and an [arms.<label>] table per arm: {error!r}")
 
 
 def read_run(path: Path) -> Run:
     """`path`: an <arm>_seed<n>.csv.gz with its .json beside it."""
-    arm, seed = re.fullmatch(r"(.+)_seed(\d+)\.csv\.gz", path.name).groups()
+    name = re.fullmatch(r"([a-z0-9-]+)_seed(\d+)\.csv\.gz", path.name)
+    if name is None:
+        fail(f"{path} is not called <arm>_seed<n>.csv.gz")
+    arm, seed = name.groups()
     beside = path.with_name(f"{arm}_seed{seed}.json")
     try:
         with gzip.open(path, "rt", newline="") as file:
@@ -134,7 +135,7 @@ def read_run(path: Path) -> Run:
         return Run(arm, int(seed), int(record["trained_steps"]), games, mean, machine)
     except FileNotFoundError:
         fail(f"{beside} is missing; benchmark/collect.py writes it beside the .csv.gz")
-    except (OSError, EOFError, KeyError, TypeError, ValueError) as error:  # JSON's errors are ValueErrors
+    except (OSError, EOFError, zlib.error, KeyError, TypeError, ValueError) as error:  # JSON's errors are ValueErrors
         fail(f"{path} or its .json is not what benchmark/collect.py writes: {error!r}")
 
 
@@ -147,7 +148,7 @@ def read_runs(folder: Path, matrix: Matrix) -> tuple[dict[str, dict[tuple[int, s
     runs, others = {}, []
     for task in [*(t for t in matrix.tasks if t in tasks), *sorted(tasks - set(matrix.tasks))]:
         groups = {}
-        for run in map(read_run, folder.joinpath(task).glob("*_seed*.csv.gz")):
+        for run in map(read_run, folder.joinpath(task).glob("*.csv.gz")):
             if run.arm in matrix.titles:
                 groups.setdefault((run.steps, run.arm), []).append(run)
             else:
@@ -390,11 +391,12 @@ def command(matrix: Matrix) -> str:
 
 
 def draw_group(axis, group: list[Run], x: np.ndarray, colour: str, alpha: float) -> None:
-    """A line per seed if they are few, else their mean and its bootstrap band, of opacity `alpha`; x (POINTS,)."""
+    """A line per seed if they are few, else their mean and its band, of opacity `alpha`; x (POINTS, seeds)."""
     curves = np.array([run.curve for run in group])  # (seeds, points)
     if len(group) < FEW:
         axis.plot(x, curves.T, color=colour, linewidth=1.1)
         return
+    x = x.mean(1)
     axis.plot(x, curves.mean(0), color=colour, linewidth=1.8)
     known = np.isfinite(curves).all(0)
     low, high = interval(lambda sample: sample.mean(-1), curves.T[known])
@@ -454,7 +456,8 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
     columns = 2 if wide else min(4, len(tasks))
     rows = 1 if wide else 2 * -(-len(tasks) // columns)
     size = (9.5, 4.2) if wide else (0.6 + 3.1 * columns, 0.7 + 2.5 * rows)
-    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")  # without pyplot, which would keep it
+    panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat[2 * len(tasks) :] if not wide else ():
         panel.set_axis_off()
     colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(matrix.titles)}
@@ -465,14 +468,14 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
         left, right = panels[0] if wide else (panels[row, column], panels[row + 1, column])
         longest = max(steps for steps, _ in groups)
         unit, name = (1e6, "million agent steps") if longest >= 9e5 else (1e3, "thousand agent steps")
-        times = {}  # (steps, arm) -> mean over seeds of the seconds at each point
+        times = {}  # (steps, arm) -> (POINTS, seeds): seconds at each point
         for key, group in groups.items():
             grid = key[0] * np.arange(1, POINTS + 1) / POINTS
             if all(len(run.games) for run in group):
-                times[key] = np.mean([np.interp(grid, run.games[:, 0], run.games[:, 1]) for run in group], axis=0)
+                times[key] = np.array([np.interp(grid, run.games[:, 0], run.games[:, 1]) for run in group]).T
             counts[key[1]].add(len(group))
-            draw_group(left, group, grid / unit, colours[key[1]], alpha)
-        hours = max((time[-1] for time in times.values()), default=0) > 2 * 3600
+            draw_group(left, group, np.tile(grid[:, None] / unit, len(group)), colours[key[1]], alpha)
+        hours = max((time.max() for time in times.values()), default=0) > 2 * 3600
         for key, time in times.items():
             draw_group(right, groups[key], time / (3600 if hours else 60), colours[key[1]], alpha)
         if (matrix.name, task) == PAPER[:2] and set(PAPER[2]) <= set(colours):
@@ -495,9 +498,7 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
         panel.set_ylabel("return of a whole game", fontsize=8)
     shown = [arm for arm in matrix.titles if counts[arm]]
     seeds = ["–".join(str(n) for n in sorted({min(counts[arm]), max(counts[arm])})) for arm in shown]
-    legend = {
-        f"{matrix.titles[arm]} (seeds: {n})": plt.Line2D([], [], color=colours[arm]) for arm, n in zip(shown, seeds)
-    }
+    legend = {f"{matrix.titles[arm]} (seeds: {n})": Line2D([], [], color=colours[arm]) for arm, n in zip(shown, seeds)}
     for panel in panels.flat:  # the paper's curves and a random agent's
         legend |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels()) if label not in legend}
     place = {"loc": "outside upper center", "fontsize": 8, "frameon": False}
