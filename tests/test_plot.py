@@ -197,6 +197,14 @@ def test_single_values_then_intervals_then_tests_as_seeds_grow(made):
     assert row[3].startswith("1.48 [") and row[4] == "1.00 [1.00, 1.00]"
 
 
+def test_a_task_that_every_seed_solves_has_no_spread_and_no_difference(made):
+    for seed in range(1, 6):
+        for arm in ("ppo", "a1"):
+            put(made.results / "m" / "Task-v1", arm, seed, 1000)
+    (row,) = (row for row in rows_of(made) if row[2:4] == ["A1", "5 and 5"])
+    assert row[4:] == ["1.00 [1.00, 1.00]", "0.0", "no spread", "1.000", "1.000"]
+
+
 def test_only_equal_steps_are_compared(made):
     put(made.results / "m" / "Task-v1", "ppo", 1, 100)
     put(made.results / "m" / "Task-v1", "a1", 1, 100, steps=500)
