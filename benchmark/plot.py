@@ -1,97 +1,589 @@
-"""Draw the BeamRider curves from committed files and print the table that README shows.
+"""Redraw every table and figure of the results from committed data.
 
-    python benchmark/plot.py
+    python benchmark/plot.py            # figures, and the tables in README.md and docs/results.md
+    python benchmark/plot.py --check    # writes nothing; exit code 1 if a table or figure is not what the data give
 
-Reads benchmark/results/beamrider/*.csv and *.json (collect.py writes them) and the paper's digitised
-Figure 2; writes benchmark/results/beamrider.png.
+Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<matrices>/<matrix>.toml` the question and
+the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png`, and in the documents all that
+stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison", or "runs".
+
+The same for every matrix:
+
+- A curve has 100 points, each the mean return of the whole games that ended within the 10 % of the steps before it. The
+  last one is the final score. The area under the curve, over its length, is the mean of the ten windows of 10 % that
+  make up the training ("mean over training").
+- Against time the same points stand at the seconds at which the run had come so far; a mean over seeds at their mean.
+- Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own.
+- Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and 95 % intervals by
+  bootstrap over seeds; from 5 on, tests as well, two-sided, corrected after Holm over the arms of a task.
+- Across tasks (Agarwal et al. 2021, arXiv 2108.13264): rliable's interquartile mean and stratified bootstrap over the
+  seeds that an arm has on every task compared. Scores are scaled so that 1 is the reference's mean on the task and 0 a
+  random agent's where it is known, else a return of 0; the reference's mean is drawn anew in every resample.
 """
 
 import csv
+import gzip
+import hashlib
 import json
+import re
+import tomllib
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+from rliable import library, metrics
+from scipy import stats
 
-RANDOM_SCORE = 363.9  # a random agent on BeamRider (Mnih et al. 2015)
-ARMS = {  # file name up to the seed -> (name, colour)
-    "sprig_atari_default": ("SPRIG", "#b3261e"),
-    "ppo_atari_baseline_default": ("PPO", "#1a5fb4"),
-    "sprig_atari_literal": ("SPRIG, the paper read literally", "#8a6d00"),
+POINTS = 100  # of a curve
+WINDOW = 0.1  # fraction of a run's steps whose games make a point; the last point is the final score
+FEW, TESTABLE = 3, 5  # seeds from which on there are intervals, and tests
+RESAMPLES = 2000
+COLUMNS = ("agent_steps", "seconds", "episodic_return")
+RANDOM = {"BeamRiderNoFrameskip-v4": 363.9}  # a random agent's return (Mnih et al. 2015)
+PUBLISHED = {  # of PPO: what it is, and each source's return
+    "BeamRiderNoFrameskip-v4": ("10M steps", {"PPO paper": 1590, "CleanRL": 1916, "baselines": 2643}),
+    "HalfCheetah-v5": ("1M steps, v4", {"CleanRL": 1442}),
+    "Hopper-v5": ("1M steps, v4", {"CleanRL": 2382}),
+    "Walker2d-v5": ("1M steps, v4", {"CleanRL": 2287}),
+    "InvertedPendulum-v5": ("1M steps, v4", {"CleanRL": 963}),
 }
+PAPER = ("headline", "BeamRiderNoFrameskip-v4", {"ppo": "ppo_mean", "sprig": "sprig_mean"})  # arm -> column of Figure 2
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+GREY = "#666666"
 
 
 @dataclass
 class Args:
     results: Path = Path("benchmark/results")
-    """folder with beamrider/ and figure2_beamrider.csv; beamrider.png is written there"""
-    window: int = 50_000
-    """agent steps that a point of a curve averages over"""
-    final: float = 0.1
-    """fraction of the steps whose games make the final score"""
+    """folder with a folder per matrix; the figures are written there"""
+    matrices: Path = Path("benchmark/matrices")
+    """folder with a .toml file per matrix"""
+    documents: tuple[Path, ...] = (Path("README.md"), Path("docs/results.md"))
+    """files whose tables are written"""
+    check: bool = False
+    """write nothing; exit with 1 if a document's table or a figure differs from what the data give"""
 
 
-def read_games(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with open(path) as file:
-        rows = list(csv.DictReader(file))
-    return tuple(np.array([float(row[key]) for row in rows]) for key in ("agent_steps", "episodic_return"))
+@dataclass
+class Matrix:
+    name: str
+    question: str
+    tasks: list[str]  # as folders are called
+    seeds: list[int]
+    titles: dict[str, str]  # arm -> title; the first is the reference
+    lengths: dict[str, int]  # arm -> agent steps asked for
 
 
-def curve(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, window: int) -> np.ndarray:
-    """Mean return of the games that ended within the window before each point of the grid."""
-    inside = (steps <= grid[:, None]) & (steps > grid[:, None] - window)  # (points, games)
+@dataclass
+class Run:
+    arm: str
+    seed: int
+    steps: int  # agent steps trained
+    games: np.ndarray  # (games, 3): COLUMNS of each whole game, in the order of their ends
+    evaluation: float | None  # mean return of the final evaluation
+    hardware: str
+
+    def __post_init__(self) -> None:
+        self.curve = curve(self.games[:, 0], self.games[:, 2], self.steps)  # (POINTS,)
+        self.final = float(self.curve[-1])
+        tenths = self.curve[POINTS // 10 - 1 :: POINTS // 10]  # their windows meet and do not overlap
+        known = tenths[np.isfinite(tenths)]
+        self.area = float(known.mean()) if len(known) else np.nan
+
+
+def fail(message: str):
+    raise SystemExit(f"error: {message}")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_matrix(path: Path) -> Matrix:
+    try:
+        record = tomllib.loads(path.read_text())
+        titles = {arm: settings.get("title", arm) for arm, settings in record["arms"].items()}
+        flags = {arm: record.get("flags", {}) | settings.get("flags", {}) for arm, settings in record["arms"].items()}
+        lengths = {arm: int(own.get("total-timesteps", 0)) for arm, own in flags.items()}
+        tasks = [task.replace("/", "-") for task in record["tasks"]]
+        return Matrix(path.stem, record["question"], tasks, record["seeds"], titles, lengths)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        fail(f"{path} is no TOML file: {error}")
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        fail(f"{path} needs question, tasks, seeds and an [arms.<label>] table per arm: {error!r}")
+
+
+def read_run(path: Path) -> Run:
+    """`path`: an <arm>_seed<n>.csv.gz with its .json beside it."""
+    name = re.fullmatch(r"([a-z0-9-]+)_seed(\d+)\.csv\.gz", path.name)
+    if name is None:
+        fail(f"{path} is not called <arm>_seed<n>.csv.gz")
+    arm, seed = name.groups()
+    beside = path.with_name(f"{arm}_seed{seed}.json")
+    try:
+        with gzip.open(path, "rt", newline="") as file:
+            games = np.array([[float(row[key]) for key in COLUMNS] for row in csv.DictReader(file)]).reshape(-1, 3)
+        record = json.loads(beside.read_text())
+        hardware, evaluation = record["hardware"], record["evaluation"]
+        machine = f"{hardware['cpu']}, {hardware['cores']} cores" + (f", {hardware['gpu']}" if hardware["gpu"] else "")
+        mean = None if evaluation is None else float(evaluation["mean"])
+        return Run(arm, int(seed), int(record["trained_steps"]), games, mean, machine)
+    except FileNotFoundError:
+        fail(f"{beside} is missing; benchmark/collect.py writes it beside the .csv.gz")
+    except (OSError, EOFError, zlib.error, KeyError, TypeError, ValueError) as error:  # JSON's errors are ValueErrors
+        fail(f"{path} or its .json is not what benchmark/collect.py writes: {error!r}")
+
+
+def read_runs(folder: Path, matrix: Matrix) -> tuple[dict[str, dict[tuple[int, str], list[Run]]], list[Run]]:
+    """task -> (steps, arm) -> runs in the order of seeds; and the runs of arms that the matrix does not name.
+
+    Tasks and arms stand in the matrix's order (tasks that it does not name: last), longer runs before shorter ones.
+    """
+    tasks = {path.name for path in folder.glob("*") if path.is_dir()}
+    runs, others = {}, []
+    for task in [*(t for t in matrix.tasks if t in tasks), *sorted(tasks - set(matrix.tasks))]:
+        groups = {}
+        for run in map(read_run, folder.joinpath(task).glob("*.csv.gz")):
+            if run.arm in matrix.titles:
+                groups.setdefault((run.steps, run.arm), []).append(run)
+            else:
+                others.append(run)
+        arms = list(matrix.titles)
+        order = sorted(groups, key=lambda group: (-group[0], arms.index(group[1])))
+        if order:
+            runs[task] = {group: sorted(groups[group], key=lambda run: run.seed) for group in order}
+    return runs, sorted(others, key=lambda run: (run.arm, run.seed))
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def curve(steps: np.ndarray, returns: np.ndarray, total: int) -> np.ndarray:
+    """(POINTS,): mean return of the games that ended in the window before each point; NaN where none did.
+
+    `steps`, `returns` (games,): the agent step at which each game ended, and its return; `total`: steps in all.
+    """
+    grid = total * np.arange(1, POINTS + 1)[:, None] / POINTS
+    inside = (steps <= grid) & (steps > grid - WINDOW * total)  # (points, games)
     counts = inside.sum(1)
     return np.where(counts > 0, (inside * returns).sum(1) / np.maximum(counts, 1), np.nan)
 
 
-def main(args: Args) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    print("| | seeds | agent steps | return, last 10 % of training, per seed | evaluation, per seed |")
-    print("|-|-|-|-|-|")
-    longest = 0
-    for arm, (name, colour) in ARMS.items():
-        curves, finals, evaluations, trained = [], [], [], set()
-        for path in sorted((args.results / "beamrider").glob(f"{arm}_seed*.csv")):
-            steps, returns = read_games(path)
-            record = json.loads(path.with_suffix(".json").read_text())
-            total = record["trained_steps"]
-            grid = np.arange(args.window, total + 1, args.window // 5)
-            curves.append(curve(steps, returns, grid, args.window))
-            axes.plot(grid, curves[-1], color=colour, alpha=0.3, linewidth=1)
-            finals.append(returns[steps > (1 - args.final) * total].mean())
-            result = record["evaluation"]
-            evaluations.append(f"{result['mean']:.0f} ± {result['std']:.0f}" if result else "not run")
-            trained.add(total)
-        if not curves:
+def interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> np.ndarray:
+    """(2, ...): 95 % bootstrap interval; each of `samples` (..., n) is drawn anew along its last axis, apart."""
+    rng = np.random.default_rng(0)
+    draws = [sample[..., rng.integers(sample.shape[-1], size=(RESAMPLES, sample.shape[-1]))] for sample in samples]
+    return np.nanquantile(statistic(*draws), [0.025, 0.975], axis=-1)
+
+
+def mean_difference(x: np.ndarray, reference: np.ndarray, axis: int = -1) -> np.ndarray:
+    return x.mean(axis) - reference.mean(axis)
+
+
+def hedges(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Difference of means over the pooled standard deviation, with Hedges' correction for few samples."""
+    n, m = x.shape[-1], reference.shape[-1]
+    pooled = np.sqrt(((n - 1) * x.var(-1, ddof=1) + (m - 1) * reference.var(-1, ddof=1)) / (n + m - 2))
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may be constant
+        return (1 - 3 / (4 * (n + m) - 9)) * mean_difference(x, reference) / pooled
+
+
+def permutation_test(x: np.ndarray, reference: np.ndarray) -> float:
+    """Two-sided p-value of the difference of means: exact as long as there are at most 9999 ways to part the seeds."""
+    rng = np.random.default_rng(0)
+    return stats.permutation_test((x, reference), mean_difference, vectorized=True, n_resamples=9999, rng=rng).pvalue
+
+
+def holm(p: list[float]) -> np.ndarray:
+    """p-values, adjusted for their number by Holm's step-down method."""
+    p, order = np.asarray(p, float), np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]).clip(max=1)
+    return adjusted
+
+
+def relative_iqm(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Scores (seeds, tasks), 0 at the zero of each task -> (1,): interquartile mean of x over the reference's mean."""
+    return np.array([metrics.aggregate_iqm(x / reference.mean(0))])
+
+
+def improvement(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """(1,): rliable's probability_of_improvement, P(x > reference) + P(equal) / 2 over pairs of seeds, mean over tasks.
+
+    rliable's own takes the detour of a Mann-Whitney test and is too slow for a bootstrap (tests/test_plot.py: equal).
+    """
+    pairs = x[:, None] - reference  # (seeds, seeds, tasks)
+    return np.array([np.mean((pairs > 0) + 0.5 * (pairs == 0))])
+
+
+def across_tasks(x: np.ndarray, reference: np.ndarray, statistic: Callable) -> tuple[float, float, float]:
+    """Estimate and the ends of rliable's 95 % stratified bootstrap interval; x and reference (seeds, tasks)."""
+    state = np.random.get_state()  # noqa: NPY002 - rliable draws from the global generator, whatever random_state says
+    np.random.seed(0)  # noqa: NPY002
+    estimates, intervals = library.get_interval_estimates({"": [x, reference]}, statistic, reps=RESAMPLES)
+    np.random.set_state(state)  # noqa: NPY002
+    return float(estimates[""][0]), *map(float, intervals[""][:, 0])
+
+
+# ---------------------------------------------------------------- tables
+
+
+def number(x: float | None) -> str:
+    if x is None:
+        return "not run"
+    return "no game" if np.isnan(x) else f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
+
+
+def summary(values: list[float | None]) -> str:
+    """Single values under FEW seeds, else mean ± standard deviation over the seeds that have one."""
+    known = [x for x in values if x is not None and not np.isnan(x)]
+    if len(known) < FEW:
+        return ", ".join(map(number, values)) if known else number(values[0])
+    cell = f"{number(np.mean(known))} ± {number(np.std(known, ddof=1))}"
+    return cell if len(known) == len(values) else f"{cell} ({len(known)} of {len(values)} seeds)"
+
+
+def p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def render(head: list[str], rows: list[list]) -> str:
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|-" * len(head) + "|", *lines[1:]])
+
+
+def scores_table(matrix: Matrix, runs: dict, others: list[Run]) -> str:
+    rows, machines = [], {}
+    for task, groups in runs.items():
+        for (steps, arm), group in groups.items():
+            cells = [[getattr(run, key) for run in group] for key in ("final", "area", "evaluation")]
+            rows.append([task, f"{steps:,}", matrix.titles[arm], len(group), *map(summary, cells)])
+            for run in group:
+                machines.setdefault(run.hardware, set()).add(arm)
+    head = ["task", "agent steps", "arm", "seeds", "return, last 10 %", "mean over training", "evaluation"]
+    where = [
+        f"{machine} ({'; '.join(title for arm, title in matrix.titles.items() if arm in arms)})"
+        for machine, arms in sorted(machines.items())
+    ]
+    where = where if len(machines) > 1 else list(machines)
+    notes = [
+        f"Over seeds: mean ± standard deviation; with fewer than {FEW} seeds the value of each.",
+        f"Hardware: {'; '.join(where)}.",
+    ]
+    if others:
+        listed = (f"{run.arm} seed {run.seed} ({run.steps:,} steps)" for run in others)
+        notes.append(f"In the same folder, of arms that are not part of the matrix: {', '.join(listed)}.")
+    return f"{render(head, rows)}\n\n{' '.join(notes)}"
+
+
+def compare(matrix: Matrix, runs: dict) -> list[list]:
+    """A row for each arm and task, against the reference at equal steps."""
+    reference, *arms = matrix.titles
+    rows = []
+    for task, groups in runs.items():
+        tested = []  # rows of the task whose two p-values stand at the end, not yet corrected
+        for (steps, arm), group in groups.items():
+            if arm not in arms or (steps, reference) not in groups:
+                continue
+            x, base = (np.array([run.final for run in g]) for g in (group, groups[steps, reference]))
+            x, base = x[np.isfinite(x)], base[np.isfinite(base)]
+            seeds = min(len(x), len(base))
+            if seeds == 0:
+                continue
+            ratio = "no ratio: the reference's return is not positive"
+            if base.mean() > 0:
+                ratio = f"{x.mean() / base.mean():.2f}"
+                if seeds >= FEW:
+                    low, high = interval(lambda a, b: a.mean(-1) / b.mean(-1), x, base)
+                    ratio += f" [{low:.2f}, {high:.2f}]"
+            row = [task, f"{steps:,}", matrix.titles[arm], f"{len(x)} and {len(base)}", ratio]
+            row += [number(mean_difference(x, base)), *["too few seeds"] * 3]
+            if seeds >= TESTABLE:
+                row[6:] = ["no spread", float(x.mean() == base.mean()), permutation_test(x, base)]
+                if np.ptp(x) + np.ptp(base) > 0:  # a task with a highest return may be solved by every seed of both
+                    welch = stats.ttest_ind(x, base, equal_var=False)
+                    row[5] += " [{}, {}]".format(*map(number, welch.confidence_interval()))
+                    low, high = interval(hedges, x, base)
+                    row[6:8] = f"{hedges(x, base):.2f} [{low:.2f}, {high:.2f}]", welch.pvalue
+                tested.append(row)
+            rows.append(row)
+        for column in (7, 8):
+            for row, p in zip(tested, holm([row[column] for row in tested])):
+                row[column] = p_value(p)
+    return rows
+
+
+def aggregate(matrix: Matrix, runs: dict) -> tuple[list[list], list[str]]:
+    """Per arm, a row across tasks; and the tasks left out, with reasons."""
+    reference, *arms = matrix.titles
+    rows, left_out = [], []
+    for arm in arms:
+        scores = {}  # task -> seed -> final score less the task's zero, of the arm and of the reference
+        for task, groups in runs.items():
+            lengths = [steps for steps, other in groups if other == arm and (steps, reference) in groups]
+            if not lengths:
+                continue
+            pair = [groups[max(lengths), name] for name in (arm, reference)]
+            zero = RANDOM.get(task, 0.0)
+            pair = [{run.seed: run.final - zero for run in g if np.isfinite(run.final)} for g in pair]
+            if not all(pair) or np.mean(list(pair[1].values())) <= 0:
+                left_out.append(f"{task} ({matrix.titles[arm]}: {matrix.titles[reference]} has no score above zero)")
+            else:
+                scores[task] = pair
+        if not scores:
             continue
-        shortest = min(map(len, curves))
-        mean = np.mean([c[:shortest] for c in curves], axis=0)
-        axes.plot(grid[:shortest], mean, color=colour, linewidth=2.2, label=f"{name} (n = {len(curves)})")
-        longest = max(longest, *trained)
-        finals = ", ".join(f"{x:.0f}" for x in finals)
-        trained = " and ".join(f"{x:,}" for x in sorted(trained))
-        print(f"| {name} | {len(curves)} | {trained} | {finals} | {', '.join(evaluations)} |")
-    with open(args.results / "figure2_beamrider.csv") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    steps = np.array([float(row["environment_interactions"]) for row in rows])
-    shown = steps <= max(longest, 400_000)
-    for player, colour in (("sprig", "#b3261e"), ("ppo", "#1a5fb4")):
-        values = np.array([float(row[f"{player}_mean"]) for row in rows])
-        label = f"paper's Figure 2, {player.upper()} (digitised)"
-        axes.plot(steps[shown], values[shown], color=colour, linestyle="--", linewidth=1.2, label=label)
-    axes.axhline(RANDOM_SCORE, color="#777", linestyle=":", linewidth=1.2, label=f"random agent ({RANDOM_SCORE})")
-    axes.set(xlabel="agent steps (of 4 frames)", ylabel="return of a whole game", xlim=(0, None))
-    axes.set_title(f"BeamRiderNoFrameskip-v4, mean over the last {args.window // 1000}k steps", fontsize=11)
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
-    figure.tight_layout()
-    figure.savefig(args.results / "beamrider.png", dpi=110)
+        shared = [sorted(set.intersection(*(set(pair[i]) for pair in scores.values()))) for i in (0, 1)]
+        if not all(shared):
+            left_out.append(f"{matrix.titles[arm]} (no seed that finished every task)")
+            continue
+        x, base = (np.array([[scores[task][i][s] for task in scores] for s in shared[i]]) for i in (0, 1))
+        row = [matrix.titles[arm], ", ".join(scores), f"{len(x)} and {len(base)}"]
+        for statistic in (relative_iqm, improvement):
+            if min(len(x), len(base)) < FEW:
+                row.append(f"{statistic(x, base)[0]:.2f} (too few seeds for an interval)")
+            else:
+                row.append("{:.2f} [{:.2f}, {:.2f}]".format(*across_tasks(x, base, statistic)))
+        rows.append(row)
+    return rows, left_out
+
+
+def comparison_table(matrix: Matrix, runs: dict) -> str:
+    reference = next(iter(matrix.titles.values()))
+    rows = compare(matrix, runs)
+    if not rows:
+        return f"Nothing can be compared with {reference} yet: no arm was run on the same task for equally many steps."
+    head = ["task", "agent steps", "arm", "seeds", f"final return / {reference}'s", "difference"]
+    text = render([*head, "Hedges' g", "Welch's p", "permutation p"], rows)
+    rows, left_out = aggregate(matrix, runs)
+    if rows:
+        head = ["arm", "tasks", "seeds", "interquartile mean", f"probability of improvement over {reference}"]
+        zeros = [f"{task} {RANDOM[task]}" for task in runs if task in RANDOM]
+        zero = f"a random agent's ({', '.join(zeros)})" if zeros else "a return of 0"
+        text += f"\n\nAcross tasks, a score of 1 is {reference}'s mean and 0 is {zero}:\n\n{render(head, rows)}"
+    text += f"\n\nIn brackets 95 % intervals; p-values are corrected after Holm; tests from {TESTABLE} seeds on."
+    return text + (f" Not in it: {', '.join(left_out)}." if left_out else "")
+
+
+def runs_table(matrices: dict[str, Matrix], results: dict[str, dict]) -> str:
+    """What each matrix asks, and how much of it has been run."""
+    rows = []
+    for matrix in matrices.values():
+        done = 0
+        for task, groups in results.get(matrix.name, {}).items():
+            for (steps, arm), group in groups.items():  # a run ends at a whole number of rollouts
+                if task in matrix.tasks and steps >= 0.95 * matrix.lengths[arm]:
+                    done += len({run.seed for run in group} & set(matrix.seeds))
+        planned = len(matrix.tasks) * len(matrix.seeds) * len(matrix.titles)
+        length = " or ".join(f"{steps:,}" for steps in sorted(set(matrix.lengths.values())))
+        rows.append([matrix.name, matrix.question, length, f"{done} of {planned}", f"`{command(matrix)}`"])
+    return render(["matrix", "question", "agent steps", "runs done", "command"], rows)
+
+
+def command(matrix: Matrix) -> str:
+    return f"python benchmark/run.py benchmark/matrices/{matrix.name}.toml"
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw_group(axis, group: list[Run], x: np.ndarray, colour: str, alpha: float) -> None:
+    """A line per seed if they are few, else their mean and its band, of opacity `alpha`; x (POINTS, seeds)."""
+    curves = np.array([run.curve for run in group])  # (seeds, points)
+    if len(group) < FEW:
+        axis.plot(x, curves.T, color=colour, linewidth=1.1)
+        return
+    x = x.mean(1)
+    axis.plot(x, curves.mean(0), color=colour, linewidth=1.8)
+    known = np.isfinite(curves).all(0)
+    low, high = interval(lambda sample: sample.mean(-1), curves.T[known])
+    axis.fill_between(x[known], low, high, color=colour, alpha=alpha, linewidth=0)
+
+
+def draw_paper(axis, path: Path, colours: dict[str, str], total: float, unit: float) -> None:
+    """The paper's two curves, as read off its Figure 2, up to `total` agent steps."""
+    try:
+        with open(path) as file:
+            rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+        columns = {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
+        grid = np.append(np.arange(0, total, 200_000), total)
+        for arm, column in PAPER[2].items():
+            values = np.interp(grid, columns["environment_interactions"], columns[column])
+            label = f"paper's {arm.upper()}, read off its Figure 2"
+            axis.plot(grid / unit, values, color=colours[arm], linestyle=(0, (4, 2)), linewidth=1.4, label=label)
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        fail(f"{path} is not the paper's digitised Figure 2: {error!r}")
+
+
+def draw_levels(axis, task: str) -> None:
+    """Published levels of PPO: a line where the curves' range allows it, else a note above the panel."""
+    if task not in PUBLISHED:
+        return
+    setting, levels = PUBLISHED[task]
+    low, high = axis.get_ylim()
+    beyond = []
+    for source, level in levels.items():
+        if low <= level <= high:
+            axis.axhline(level, color=GREY, linewidth=0.8)
+            below = level > high - 0.12 * (high - low)  # else the words would meet the title
+            place = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points"}
+            place |= {"va": "top", "xytext": (0, -2)} if below else {"va": "bottom", "xytext": (0, 2)}
+            axis.annotate(f"PPO {level} ({source}, {setting})", (0.01, level), color=GREY, fontsize=7, **place)
+        else:
+            beyond.append(f"{source} {level}")
+    if beyond:
+        text = f"not in range, published PPO ({setting}):\n{', '.join(beyond)}"
+        axis.annotate(text, (0.99, 0.01), xycoords="axes fraction", color=GREY, fontsize=7, ha="right", va="bottom")
+
+
+def legend_columns(labels: list[str], width: float) -> int:
+    """The most columns that fit into `width` inches at 8 points."""
+    for columns in range(len(labels), 1, -1):
+        rows = -(-len(labels) // columns)
+        widest = [max(map(len, labels[i : i + rows])) for i in range(0, len(labels), rows)]
+        if sum(0.055 * letters + 0.52 for letters in widest) < width:
+            return len(widest)  # of the columns asked for some may stay empty
+    return 1
+
+
+def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
+    """Two panels per task: return against agent steps and against wall-clock time."""
+    tasks = list(runs)
+    wide = len(tasks) == 1  # then its two panels stand side by side, else one above the other
+    columns = 2 if wide else min(4, len(tasks))
+    rows = 1 if wide else 2 * -(-len(tasks) // columns)
+    size = (9.5, 4.2) if wide else (0.6 + 3.1 * columns, 0.7 + 2.5 * rows)
+    figure = Figure(figsize=size, layout="constrained")  # without pyplot, which would keep it
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat[2 * len(tasks) :] if not wide else ():
+        panel.set_axis_off()
+    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(matrix.titles)}
+    alpha = 0.2 if len(matrix.titles) < 6 else 0.1  # many bands one above the other
+    counts = {arm: set() for arm in matrix.titles}  # numbers of seeds
+    for i, (task, groups) in enumerate(runs.items()):
+        row, column = 2 * (i // columns), i % columns
+        left, right = panels[0] if wide else (panels[row, column], panels[row + 1, column])
+        longest = max(steps for steps, _ in groups)
+        unit, name = (1e6, "million agent steps") if longest >= 9e5 else (1e3, "thousand agent steps")
+        times = {}  # (steps, arm) -> (POINTS, seeds): seconds at each point
+        for key, group in groups.items():
+            grid = key[0] * np.arange(1, POINTS + 1) / POINTS
+            if all(len(run.games) for run in group):
+                times[key] = np.array([np.interp(grid, run.games[:, 0], run.games[:, 1]) for run in group]).T
+            counts[key[1]].add(len(group))
+            draw_group(left, group, np.tile(grid[:, None] / unit, len(group)), colours[key[1]], alpha)
+        hours = max((time.max() for time in times.values()), default=0) > 2 * 3600
+        for key, time in times.items():
+            draw_group(right, groups[key], time / (3600 if hours else 60), colours[key[1]], alpha)
+        if (matrix.name, task) == PAPER[:2] and set(PAPER[2]) <= set(colours):
+            draw_paper(left, results / "figure2_beamrider.csv", colours, longest, unit)
+        for axis in (left, right):
+            if task in RANDOM:
+                axis.axhline(
+                    RANDOM[task], color=GREY, linestyle=":", linewidth=1.4, label=f"random agent, {RANDOM[task]}"
+                )
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+            axis.set_xlim(0, None)
+        left.set_xlabel(name, fontsize=8)
+        right.set_xlabel("hours of training" if hours else "minutes of training", fontsize=8)
+        left.set_title(task, fontsize=9)
+        if wide:
+            right.set_title(f"{task}, against time", fontsize=9)
+        draw_levels(left, task)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("return of a whole game", fontsize=8)
+    shown = [arm for arm in matrix.titles if counts[arm]]
+    seeds = ["–".join(str(n) for n in sorted({min(counts[arm]), max(counts[arm])})) for arm in shown]
+    legend = {f"{matrix.titles[arm]} (seeds: {n})": Line2D([], [], color=colours[arm]) for arm, n in zip(shown, seeds)}
+    for panel in panels.flat:  # the paper's curves and a random agent's
+        legend |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels()) if label not in legend}
+    place = {"loc": "outside upper center", "fontsize": 8, "frameon": False}
+    figure.legend(legend.values(), legend.keys(), ncols=legend_columns(list(legend), size[0]), **place)
+    sizes = set.union(*counts.values())
+    notes = [f"a line per seed (fewer than {FEW})"] * (min(sizes) < FEW)
+    notes += ["mean over seeds and 95 % bootstrap band"] * (max(sizes) >= FEW)
+    note = f"{' or '.join(notes)}; each point: games of the {WINDOW:.0%} of training before it".capitalize()
+    figure.text(0.995, 0.003, note, fontsize=7, color=GREY, ha="right", va="bottom")
+    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # room for the note
+    return figure
+
+
+def describe(figure: Figure) -> str:
+    """What a figure shows, as text: its words and a digest of each line's and band's data, to five digits."""
+    parts = [text.get_text() for text in [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]]
+    for axis in figure.axes:
+        parts += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel(), *(text.get_text() for text in axis.texts)]
+        drawn = [line.get_xydata() for line in axis.lines]
+        drawn += [path.vertices for band in axis.collections for path in band.get_paths()]
+        for data in drawn:
+            text = " ".join(f"{value:.5g}" for value in np.ravel(data))
+            parts.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+    return "\n".join(part.encode("ascii", "replace").decode() for part in parts if part)
+
+
+def description(path: Path) -> str:
+    """What `describe` said of a figure when it was saved."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Description", "")
+    except OSError:
+        return ""
+
+
+# ---------------------------------------------------------------- documents
+
+
+def fill(document: Path, tables: dict[str, str]) -> str:
+    """The document's text with every table between its markers replaced."""
+    try:
+        text = document.read_text()
+    except FileNotFoundError:
+        fail(f"there is no {document}; run this from the repository's root")
+    names = re.findall(r"<!-- table: (.+?) -->", text)
+    for name in names:
+        if name not in tables:
+            fail(f"{document} asks for the table {name!r}; there are {', '.join(tables)}")
+    whole = re.compile(r"(<!-- table: (.+?) -->\n)((?:(?!<!-- table).)*?)(<!-- end -->)", re.S)
+    if len(whole.findall(text)) != len(names):
+        fail(f"{document}: a '<!-- table: ... -->' has no '<!-- end -->' before the next one")
+    return whole.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n{match[4]}", text)
+
+
+def main(args: Args) -> None:
+    if not args.results.is_dir() or not args.matrices.is_dir():
+        fail(f"there is no folder {args.results} or {args.matrices}; run this from the repository's root")
+    matrices = {path.stem: read_matrix(path) for path in sorted(args.matrices.glob("*.toml"))}
+    for folder in sorted({path.parents[1] for path in args.results.glob("*/*/*.csv.gz")}):
+        if folder.name not in matrices:
+            fail(f"{folder} has no {args.matrices / folder.name}.toml to say what its arms are")
+    tables, figures, results = {}, {}, {}
+    for name, matrix in matrices.items():
+        runs, others = read_runs(args.results / name, matrix)
+        tables[name] = tables[f"{name} comparison"] = f"Not run yet: `{command(matrix)}`."
+        if runs:
+            results[name] = runs
+            tables[name] = scores_table(matrix, runs, others)
+            tables[f"{name} comparison"] = comparison_table(matrix, runs)
+            figures[args.results / f"{name}.png"] = draw(matrix, runs, args.results)
+    tables["runs"] = runs_table(matrices, results)
+    texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written
+    if args.check:
+        stale = [path for path, text in texts.items() if path.read_text() != text]
+        stale += [path for path, figure in figures.items() if description(path) != describe(figure)]
+        if stale:
+            fail(f"not what the data give: {', '.join(map(str, stale))}; run python benchmark/plot.py and commit")
+        print(f"{len(texts)} documents and {len(figures)} figures are what the data give")
+        return
+    for document, text in texts.items():
+        document.write_text(text)
+    for path, figure in figures.items():
+        figure.savefig(path, dpi=110, metadata={"Description": describe(figure), "Software": None})
+    print(f"written: {', '.join(map(str, [*texts, *figures]))}")
 
 
 if __name__ == "__main__":

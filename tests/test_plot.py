@@ -1,0 +1,301 @@
+"""Tables and figures: the numbers behind them on cases with known answers, and that the committed ones are current."""
+
+import dataclasses
+import gzip
+import json
+import re
+import shutil
+
+import numpy as np
+import plot
+import pytest
+from conftest import ROOT
+from rliable import metrics
+from scipy.stats import trim_mean
+
+MATRIX = (
+    'question = "?"\ntasks = ["Task-v1", "other/Task-v1"]\nseeds = [1, 2, 3, 4, 5]\n[flags]\ntotal-timesteps = 1000\n'
+)
+MATRIX += '[arms.ppo]\ntitle = "PPO"\n[arms.a1]\ntitle = "A1"\n[arms.a2]\n'
+
+
+def put(folder, arm, seed, level, steps=1000, evaluation=True):
+    """A run of 100 games, one each steps/100, whose returns are level, level + 1, level, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [f"{steps // 100 * i},{i},{level + i % 2},10" for i in range(1, 101)]
+    text = "\n".join(["agent_steps,seconds,episodic_return,episodic_length", *rows])
+    (folder / f"{arm}_seed{seed}.csv.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    record = {"hardware": {"cpu": "X", "cores": 2, "gpu": None}, "trained_steps": steps}
+    record["evaluation"] = {"mean": level} if evaluation else None
+    (folder / f"{arm}_seed{seed}.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Arguments for a folder with the matrix m, no run yet, and one document."""
+    (tmp_path / "matrices").mkdir()
+    (tmp_path / "matrices" / "m.toml").write_text(MATRIX)
+    (tmp_path / "results").mkdir()
+    document = tmp_path / "page.md"
+    document.write_text("a\n<!-- table: m -->\n<!-- end -->\nb\n<!-- table: m comparison -->\nold\n<!-- end -->\nc\n")
+    return plot.Args(tmp_path / "results", tmp_path / "matrices", (document,))
+
+
+def rows_of(args, names=("m", "m comparison")):
+    """Cells of the page's table rows, after it has been written."""
+    plot.main(args)
+    lines = args.documents[0].read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_reader_reads_what_is_written(tmp_path):
+    put(tmp_path, "ppo", 3, 7.0, evaluation=False)
+    run = plot.read_run(tmp_path / "ppo_seed3.csv.gz")
+    assert (run.arm, run.seed, run.steps, run.evaluation, run.hardware) == ("ppo", 3, 1000, None, "X, 2 cores")
+    assert (
+        run.games.shape == (100, 3) and run.games[0].tolist() == [10, 1, 8] and run.games[-1].tolist() == [1000, 100, 7]
+    )
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def garble(path):
+    data = bytearray(path.read_bytes())
+    data[20:40] = b"\xff" * 20
+    path.write_bytes(data)
+
+
+def rename_column(path):
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"seconds", b"minutes")))
+
+
+def lose_record(path):
+    path.with_name("ppo_seed1.json").unlink()
+
+
+def empty_record(path):
+    path.with_name("ppo_seed1.json").write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [cut, garble, rename_column, lose_record, empty_record])
+def test_damaged_data_are_named_in_one_line_and_nothing_is_written(damage, made):
+    put(made.results / "m" / "Task-v1", "ppo", 1, 5.0)
+    damage(made.results / "m" / "Task-v1" / "ppo_seed1.csv.gz")
+    before = made.documents[0].read_text()
+    with pytest.raises(SystemExit, match=r"^error: .*ppo_seed1.*") as stop:
+        plot.main(made)
+    assert "\n" not in str(stop.value)
+    assert made.documents[0].read_text() == before and not list(made.results.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("<!-- table: n -->\n<!-- end -->", "'n'"), ("<!-- table: m -->\n", "no '<!-- end -->'")],
+)
+def test_markers_that_mean_nothing_are_refused(text, message, made):
+    made.documents[0].write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        plot.main(made)
+    assert made.documents[0].read_text() == text
+
+
+def test_results_without_a_matrix_are_refused(made):
+    put(made.results / "unknown" / "Task-v1", "ppo", 1, 5.0)
+    with pytest.raises(SystemExit, match=r"no .*unknown\.toml"):
+        plot.main(made)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_curve_averages_the_games_of_the_last_tenth():
+    steps = np.arange(1, 101)
+    points = plot.curve(steps, steps.astype(float), 100)
+    np.testing.assert_allclose(points[9:], steps[9:] - 4.5)  # k-9 ... k
+    np.testing.assert_allclose(points[:10], (1 + steps[:10]) / 2)  # as far back as there are any
+    assert np.isnan(plot.curve(steps[50:], steps[50:], 100)[:50]).all()
+    run = plot.Run("ppo", 1, 100, np.stack([steps, steps, steps], 1).astype(float), None, "")
+    assert run.final == 95.5 and run.area == pytest.approx(50.5)
+
+
+def test_interquartile_mean_is_a_trimmed_mean_relative_to_the_reference():
+    rng = np.random.default_rng(1)
+    x, reference = rng.normal(5, 1, (6, 3)), rng.normal(4, 1, (4, 3))
+    assert plot.relative_iqm(x, reference)[0] == pytest.approx(trim_mean((x / reference.mean(0)).ravel(), 0.25))
+    known = np.array([[0.0, 1], [2, 3], [4, 5], [6, 100]])  # the middle half of 8 scores is 2, 3, 4, 5
+    assert plot.relative_iqm(known, np.ones((3, 2)))[0] == 3.5
+    estimate, low, high = plot.across_tasks(x, reference, plot.relative_iqm)
+    assert low < estimate < high
+
+
+def test_probability_of_improvement():
+    low, high = np.array([[1.0], [2], [3]]), np.array([[4.0], [5]])
+    assert plot.improvement(high, low) == 1 and plot.improvement(low, high) == 0 and plot.improvement(low, low) == 0.5
+    assert plot.improvement(np.array([[2.0], [2.5]]), low)[0] == pytest.approx((1.5 + 2) / 6)
+    rng = np.random.default_rng(2)
+    x, reference = rng.integers(0, 5, (6, 3)), rng.integers(0, 5, (4, 3))  # with ties
+    assert plot.improvement(x, reference)[0] == pytest.approx(metrics.probability_of_improvement(x, reference))
+
+
+def test_holm():
+    np.testing.assert_allclose(plot.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(plot.holm([0.6, 0.7]), [1, 1])
+    assert len(plot.holm([])) == 0
+
+
+def test_permutations_and_effect_size():
+    reference = np.arange(1.0, 6)
+    assert plot.permutation_test(reference + 10, reference) == pytest.approx(2 / 252)
+    assert plot.hedges(reference + 1, reference) == pytest.approx((1 - 3 / 31) / np.sqrt(2.5))
+    low, high = plot.interval(lambda sample: sample.mean(-1), np.stack([reference, reference + 100]))  # (2, 5)
+    np.testing.assert_allclose(high - low, (high - low)[0])  # the same seeds are drawn for every row
+    assert low[0] < 3 < high[0]
+
+
+def test_bootstraps_leave_the_global_generator_alone_and_do_not_depend_on_it():
+    x, reference = np.random.default_rng(3).normal(5, 1, (2, 4, 2))
+    np.random.seed(5)  # noqa: NPY002
+    first, following = plot.across_tasks(x, reference, plot.relative_iqm), np.random.rand()  # noqa: NPY002
+    assert plot.across_tasks(x, reference, plot.relative_iqm) == first
+    np.random.seed(5)  # noqa: NPY002
+    assert np.random.rand() == following  # noqa: NPY002
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_a_matrix_that_was_not_run_says_how(made):
+    plot.main(made)
+    line = "Not run yet: `python benchmark/run.py benchmark/matrices/m.toml`."
+    assert made.documents[0].read_text().count(line) == 2 and "old" not in made.documents[0].read_text()
+
+
+def test_single_values_then_intervals_then_tests_as_seeds_grow(made):
+    folder = made.results / "m" / "Task-v1"
+    for seed in range(1, 6):
+        for arm, level in (("ppo", 100), ("a1", 150), ("a2", 200)):
+            put(folder, arm, seed, level + seed)
+        if seed == 2:
+            rows = rows_of(made)
+            assert ["Task-v1", "1,000", "A1", "2", "152, 152", "152, 152", "151, 152"] in rows
+            assert ["Task-v1", "1,000", "A1", "2 and 2", "1.49", "50.0", *["too few seeds"] * 3] in rows
+        if seed == 3:
+            rows = rows_of(made)
+            assert ["Task-v1", "1,000", "PPO", "3", "102 ± 1.0", "102 ± 1.0", "102 ± 1.0"] in rows
+            (row,) = (row for row in rows if row[2:4] == ["A1", "3 and 3"])
+            assert row[4].startswith("1.49 [") and row[5:] == ["50.0", *["too few seeds"] * 3]
+    rows = rows_of(made)
+    (row,) = (row for row in rows if row[2:4] == ["A1", "5 and 5"])
+    assert row[4].startswith("1.48 [") and row[5].startswith("50.0 [")
+    assert row[7] == "< 0.001" and row[8] == "0.016"  # 2 of 252, and two arms are compared
+    (row,) = (row for row in rows if row[:2] == ["A1", "Task-v1"])
+    assert row[3].startswith("1.48 [") and row[4] == "1.00 [1.00, 1.00]"
+
+
+def test_a_task_that_every_seed_solves_has_no_spread_and_no_difference(made):
+    for seed in range(1, 6):
+        for arm in ("ppo", "a1"):
+            put(made.results / "m" / "Task-v1", arm, seed, 1000)
+    (row,) = (row for row in rows_of(made) if row[2:4] == ["A1", "5 and 5"])
+    assert row[4:] == ["1.00 [1.00, 1.00]", "0.0", "no spread", "1.000", "1.000"]
+
+
+def test_only_equal_steps_are_compared(made):
+    put(made.results / "m" / "Task-v1", "ppo", 1, 100)
+    put(made.results / "m" / "Task-v1", "a1", 1, 100, steps=500)
+    assert ["Task-v1", "500", "A1", "1", "100", "100", "100"] in rows_of(made)
+    assert "Nothing can be compared with PPO yet" in made.documents[0].read_text()
+
+
+def test_tasks_are_joined_by_the_seeds_that_finished_all_of_them(made):
+    for task in ("Task-v1", "other-Task-v1"):
+        for seed in (1, 2, 3):
+            put(made.results / "m" / task, "ppo", seed, 100)
+            if seed < 3 or task == "Task-v1":
+                put(made.results / "m" / task, "a1", seed, 50)
+    (row,) = (row for row in rows_of(made) if row[:2] == ["A1", "Task-v1, other-Task-v1"])
+    assert row[2:] == ["2 and 3", "0.50 (too few seeds for an interval)", "0.00 (too few seeds for an interval)"]
+
+
+def test_arms_that_the_matrix_does_not_name_are_listed_and_not_drawn(made):
+    put(made.results / "m" / "Task-v1", "ppo", 1, 100)
+    put(made.results / "m" / "Task-v1", "extra", 1, 100)
+    plot.main(made)
+    assert "not part of the matrix: extra seed 1 (1,000 steps)" in made.documents[0].read_text()
+    assert "extra" not in plot.description(made.results / "m.png")
+
+
+# ---------------------------------------------------------------- what is committed
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Arguments for a copy of all that is committed."""
+    for name in ("results", "matrices"):
+        shutil.copytree(ROOT / "benchmark" / name, tmp_path / name)
+    documents = tuple(tmp_path / path.name for path in plot.Args.documents)
+    for path, target in zip(plot.Args.documents, documents):
+        shutil.copy(ROOT / path, target)
+    return plot.Args(tmp_path / "results", tmp_path / "matrices", documents, check=True)
+
+
+def test_committed_tables_and_figures_are_what_the_data_give(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plot.main(plot.Args(check=True))
+    assert all(path.stat().st_size < 300_000 for path in (ROOT / "benchmark" / "results").glob("*.png"))
+
+
+def forge_a_table(args):
+    text = args.documents[0].read_text()
+    score = r"(<!-- table: headline -->.*?\n\|-.*?\n\|.*?)(\d)( \|\n)"  # the last digit of the table's first row
+    forged = re.sub(score, lambda found: found[1] + str((int(found[2]) + 1) % 10) + found[3], text, count=1, flags=re.S)
+    assert forged != text
+    args.documents[0].write_text(forged)
+    return {"README.md"}, {"results.md", "headline.png", "mujoco.png"}
+
+
+def forge_a_game(args):
+    path = args.results / "mujoco" / "HalfCheetah-v5" / "ppo_seed1.csv.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    lines[-1] = ",".join([*lines[-1].split(",")[:2], "99999", "1000"])
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return {"mujoco.png", "results.md"}, {"headline.png"}
+
+
+def lose_a_figure(args):
+    (args.results / "headline.png").unlink()
+    return {"headline.png"}, {"README.md", "results.md", "mujoco.png"}
+
+
+@pytest.mark.parametrize("forge", [forge_a_table, forge_a_game, lose_a_figure])
+def test_check_finds_what_was_tampered_with_and_writes_nothing(forge, copy):
+    stale, current = forge(copy)
+    before = {path: path.read_bytes() for path in copy.results.parent.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="^error: not what the data give: ") as stop:
+        plot.main(copy)
+    named = set(re.findall(r"\w+\.(?:md|png)", str(stop.value)))
+    assert stale <= named and not named & current and "\n" not in str(stop.value)
+    assert before == {path: path.read_bytes() for path in copy.results.parent.rglob("*") if path.is_file()}
+
+
+def test_plot_mends_what_check_found(copy):
+    forge_a_game(copy)
+    plot.main(dataclasses.replace(copy, check=False))
+    plot.main(copy)
+
+
+def test_two_runs_write_the_same_bytes(made):
+    for seed in (1, 2, 3):
+        for arm, level in (("ppo", 100), ("a1", 150)):
+            put(made.results / "m" / "Task-v1", arm, seed, level + seed**2)
+    written = []
+    for _ in range(2):
+        plot.main(made)
+        written.append([path.read_bytes() for path in (*made.documents, made.results / "m.png")])
+        np.random.rand()  # noqa: NPY002 - which nothing may depend on
+    assert written[0] == written[1]
