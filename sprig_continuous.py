@@ -153,7 +153,7 @@ class Args:
     """weight of the mean squared value error (which has no further factor 1/2)"""
     max_grad_norm: float = 0.5
     """largest gradient norm of a step"""
-    target_kl: float | None = None
+    target_kl: float | None = 0.015
     """start no further epoch once an epoch's mean approximate KL exceeds this"""
 
     # -- SPRIG --
@@ -773,7 +773,7 @@ class Leader(nn.Module):
             if block is not None:
                 x, rows = block(x, num_rows)
                 attention.append(rows)
-        # DEVIATION: row 11, scaled down: LayerNorm's unit scale makes each of Adam's steps a leap of the policy
+        # Scaled down (docs/paper.md, row 11): LayerNorm's unit scale makes each of Adam's steps a leap of the policy.
         features = self.args.feature_scale * x.flatten(1)  # (B, n·C)
         return features if num_rows is None else (features, attention)
 
