@@ -139,7 +139,7 @@ def script_arguments(flags: dict[str, Any], script: str, where: str) -> dict[str
             fail(f"{where}: {script} has no flag --{flag}{mend}")
         if not fits(value, kinds[name]):
             fail(f"{where}: {flag} = {value!r}, but --{flag} takes {says(kinds[name])}")
-        arguments[name] = None if value == "None" and not fits(value, str) else value
+        arguments[name] = None if value == "None" and kinds[name] is not str else value
     return arguments
 
 

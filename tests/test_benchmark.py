@@ -71,7 +71,7 @@ def start(matrix, *flags):
 def play(matrix, *flags):
     """(exit code, what it says) of run.py in a process of its own, which loads Ray."""
     process = start(matrix, *flags)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert "Traceback" not in errors, errors
     return process.returncode, output + errors
 
@@ -109,9 +109,6 @@ def wait_for(condition, process=None, seconds=60):
 
 
 def test_a_matrix_is_played_exported_and_then_skipped_and_what_fails_is_tried_twice(folder):
-    sprig = (
-        '\n[arms.sprig]\ntitle = "SPRIG"\nscript = "sprig_continuous.py"\nflags = { perception-cost-weight = 0.5 }\n'
-    )
     matrix = write_matrix(TINY + SPRIG + DIVERGING)
     code, said = play(matrix)
     assert code == 1, said
@@ -142,10 +139,9 @@ def test_a_matrix_is_played_exported_and_then_skipped_and_what_fails_is_tried_tw
             collect.main(collect.Args([run], "by-hand", arm, folder / "results"))
     matrix = write_matrix(TINY + SPRIG)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    started = time.perf_counter()
     code, said = play(matrix)
-    assert code == 0 and "2 runs, 2 done or left alone, 0 to play" in said
-    assert time.perf_counter() - started < 15 and before == {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert code == 0 and said == "tiny.toml: 2 runs, 2 done or left alone, 0 to play\n"
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_interrupted_and_killed_runs_end_like_one_left_alone(folder):
