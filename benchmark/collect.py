@@ -1,58 +1,140 @@
-"""Export finished runs to small files that can be committed: the return curve and the final evaluation.
+"""Export runs to small files that can be committed: the return curve, and the arguments with the final evaluation.
 
-    python benchmark/collect.py runs/<run> ... --output benchmark/results/beamrider
-    python benchmark/collect.py runs/<run> ... --output benchmark/results/continuous   # a folder per task below it
+    python benchmark/collect.py RUN_DIR ... --matrix headline --arm sprig
 
-For each run: `<script>_<label>_seed<n>.csv` (agent_steps, seconds, episodic_return, episodic_length of each whole
-game played in training) and a .json beside it (args.json, the final evaluation, steps trained).
+benchmark/run.py does this for the runs of a matrix; this is for those made by hand. Each run becomes
+`<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and the same name with .json:
+
+- csv.gz: agent_steps, seconds, episodic_return, episodic_length of each whole game finished in training, in order. The
+  same rows give the same bytes. `seconds` counts from the beginning of the training, start-up excluded, to the end of
+  the rollout in which the game ended. Of a resumed run the sittings are added up, without the time between them and
+  without what an interrupted sitting did after its last checkpoint, which was done again.
+- json: args.json (script, arguments, protocol, versions), the hardware, the steps trained, the final evaluation.
 """
 
 import csv
+import gzip
+import io
 import json
+import os
+import subprocess
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from speed import cpu_model
 
 
 @dataclass
 class Args:
     runs: Annotated[list[Path], tyro.conf.Positional]
     """run folders"""
-    output: Path = Path("benchmark/results/beamrider")
-    """folder of the exported files"""
-    label: str = "default"
-    """what tells these runs from others of the same script"""
+    matrix: str
+    """matrix that the runs belong to"""
+    arm: str
+    """label of their arm in it"""
+    results: Path = Path("benchmark/results")
+    """folder of the matrices' results"""
+
+
+def fail(message: str):
+    raise SystemExit(f"error: {message}")
+
+
+def hardware(gpu: bool) -> dict:
+    """Of this machine; `gpu` says whether the run may use one."""
+    name = None
+    if gpu:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        try:
+            name = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            pass  # no such GPU
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "gpu": name}
+
+
+def write(path: Path, data: bytes) -> None:
+    """All or nothing: whoever finds the file finds it whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def result_path(results: Path, matrix: str, task: str, arm: str, seed: int) -> Path:
+    """The .json of a run; its .csv.gz lies beside it."""
+    return results / matrix / task.replace("/", "-") / f"{arm}_seed{seed}.json"
+
+
+def training_seconds(speed: list, sittings: set[int]) -> list[float]:
+    """Seconds since the training began at each point of charts/SPS. `sittings`: the steps at which it was resumed.
+
+    The first point of a sitting is timed by its own speed, each further one by the clock.
+    """
+    seconds, step, wall_time = [], 0, 0.0
+    for point in speed:
+        first = step == 0 or step in sittings
+        elapsed = (point.step - step) / point.value if first else point.wall_time - wall_time
+        seconds.append(elapsed + (seconds[-1] if seconds else 0))
+        step, wall_time = point.step, point.wall_time
+    return seconds
+
+
+def export(run: Path, path: Path) -> tuple[dict, float]:
+    """Write the .csv.gz beside `path`, then `path`, the .json. Returns what that holds, and the training's seconds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record = json.loads((run / "args.json").read_text())
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    known = events.Tags()["scalars"]
+    if "charts/SPS" not in known:
+        fail(f"{run} holds no finished iteration")
+    # A short run may have finished no game.
+    tags = [tag for tag in ("charts/episodic_return", "charts/episodic_length") if tag in known]
+    returns, lengths = map(events.Scalars, tags) if tags else ([], [])
+    speed = events.Scalars("charts/SPS")
+    ends = [point.step for point in speed]
+    seconds = training_seconds(speed, {sitting["step"] for sitting in record.get("resumed", [])})
+    rows = io.StringIO(newline="")
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(["agent_steps", "seconds", "episodic_return", "episodic_length"])
+    for score, length in zip(returns, lengths):
+        if score.step <= ends[-1]:  # a killed run may have logged games of an iteration that it did not finish
+            then = seconds[bisect_left(ends, score.step)]
+            writer.writerow([score.step, round(then), f"{score.value:.7g}", round(length.value)])
+    packed = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
+        file.write(rows.getvalue().encode())
+    record["arguments"]["run_dir"] = ""  # of no use elsewhere
+    noted = run / "hardware.json"  # by run.py
+    gpu = record["arguments"]["device"] != "cpu" and not record["versions"]["torch"].endswith("+cpu")
+    record["hardware"] = json.loads(noted.read_text()) if noted.exists() else hardware(gpu)
+    record["trained_steps"] = ends[-1]
+    evaluation = run / "evaluation.json"
+    record["evaluation"] = json.loads(evaluation.read_text()) if evaluation.exists() else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path.with_suffix(".csv.gz"), packed.getvalue())
+    write(path, (json.dumps(record, indent=2) + "\n").encode())
+    return record, seconds[-1]
 
 
 def main(args: Args) -> None:
+    """Export each of `args.runs`. Nothing is overwritten: a result that is there already ends the program."""
+    paths = {}
     for run in args.runs:
-        record = json.loads((run / "args.json").read_text())
-        folder = args.output
-        if "continuous" in record["script"]:
-            folder = folder / record["arguments"]["env_id"].replace("/", "-")
-        folder.mkdir(parents=True, exist_ok=True)
-        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-        events.Reload()
-        known = events.Tags()["scalars"]  # a short run may have finished no game
-        tags = [tag for tag in ("charts/episodic_return", "charts/episodic_length") if tag in known]
-        returns, lengths = map(events.Scalars, tags) if tags else ([], [])
-        speed = events.Scalars("charts/SPS")
-        start = speed[0].wall_time - speed[0].step / speed[0].value
-        evaluation = run / "evaluation.json"
-        record["arguments"]["run_dir"] = ""  # of no use elsewhere
-        record["trained_steps"] = speed[-1].step
-        record["evaluation"] = json.loads(evaluation.read_text()) if evaluation.exists() else None
-        name = f"{Path(record['script']).stem}_{args.label}_seed{record['arguments']['seed']}"
-        with open(folder / f"{name}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["agent_steps", "seconds", "episodic_return", "episodic_length"])
-            for score, length in zip(returns, lengths):
-                writer.writerow([score.step, round(score.wall_time - start), f"{score.value:.7g}", round(length.value)])
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-        print(f"{name}: {len(returns)} games over {speed[-1].step} steps")
+        try:
+            arguments = json.loads((run / "args.json").read_text())["arguments"]
+            path = result_path(args.results, args.matrix, arguments["env_id"], args.arm, arguments["seed"])
+        except (OSError, ValueError, KeyError) as error:
+            fail(f"{run} is not the folder of a run: args.json: {error}")
+        if path.exists() or path in paths:
+            fail(f"{path} is there already; {run} would replace it")
+        paths[path] = run
+    for path, run in paths.items():
+        record, seconds = export(run, path)
+        print(f"{path}: {record['trained_steps']} steps in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

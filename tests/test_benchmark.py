@@ -1,0 +1,297 @@
+"""Real, tiny matrices: what benchmark/run.py leaves, skips, goes on with after an interruption, and refuses."""
+
+import csv
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import collect
+import pytest
+import run as runner
+from conftest import ROOT
+
+MATRICES = sorted((ROOT / "benchmark" / "matrices").glob("*.toml"))
+TINY = """
+question = "Does it run?"
+tasks = ["CartPole-v1"]
+seeds = [1]
+[flags]
+total-timesteps = 256
+checkpoint-interval = 32
+eval-episodes = 2
+num-steps = 32
+minibatch-size = 32
+update-epochs = 1
+max-episode-steps = 20
+[arms.ppo]
+title = "PPO"
+script = "ppo_continuous_baseline.py"
+"""
+SPRIG = """
+[arms.sprig]
+title = "SPRIG"
+script = "sprig_continuous.py"
+flags = { perception-cost-weight = 0.5 }
+"""
+DIVERGING = """
+[arms.diverging]
+title = "a step size that no network survives"
+script = "ppo_continuous_baseline.py"
+flags = { learning-rate = 1e30 }
+"""
+LONG = {"total-timesteps = 256": "total-timesteps = 8192", "checkpoint-interval = 32": "checkpoint-interval = 256"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_matrix(text=TINY, name="tiny", changes=()):
+    for old, new in dict(changes).items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path = runner.Path(f"{name}.toml")
+    path.write_text(text)
+    return path
+
+
+def start(matrix, *flags):
+    command = [sys.executable, ROOT / "benchmark" / "run.py", matrix, "--results", "results", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def play(matrix, *flags):
+    """(exit code, what it says) of run.py in a process of its own, which loads Ray."""
+    process = start(matrix, *flags)
+    output, errors = process.communicate(timeout=300)
+    assert "Traceback" not in errors, errors
+    return process.returncode, output + errors
+
+
+def play_only(matrix, index=0):
+    """One run of a matrix, watched by this process."""
+    runner.main(runner.Args(matrix, only=index, results=runner.Path("results")))
+
+
+def rows(path):
+    """The games of a result, without the seconds."""
+    with gzip.open(path, "rt", newline="") as file:
+        return [(row["agent_steps"], row["episodic_return"], row["episodic_length"]) for row in csv.DictReader(file)]
+
+
+def processes_of(folder):
+    """Ids of the scripts that train in the folder."""
+    found = []
+    for path in runner.Path("/proc").glob("[0-9]*"):
+        try:
+            words, cwd = (path / "cmdline").read_text(), os.readlink(path / "cwd")
+        except OSError:
+            continue
+        if cwd == str(folder) and "_baseline.py" in words:
+            found.append(int(path.name))
+    return found
+
+
+def wait_for(condition, process=None, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_a_matrix_is_played_exported_and_then_skipped_and_what_fails_is_tried_twice(folder):
+    matrix = write_matrix(TINY + SPRIG + DIVERGING)
+    code, said = play(matrix)
+    assert code == 1, said
+    log = folder / "runs" / "tiny" / "CartPole-v1__diverging__1.log"
+    reason = "is not finite; the last good checkpoint is"
+    assert said.count(reason) == 3, "each attempt, and the list at the end"
+    assert said.count("; trying once more") == 1 and log.read_text().count(reason) == 2
+    assert said.splitlines()[-1].startswith("failed: [2] CartPole-v1 diverging seed 1: exit code 1: error: iteration")
+    for arm, weight in (("ppo", None), ("sprig", 0.5)):
+        result = folder / "results" / "tiny" / "CartPole-v1" / f"{arm}_seed1.json"
+        record = json.loads(result.read_text())
+        keys = ["script", "arguments", "protocol", "versions", "hardware", "trained_steps", "evaluation"]
+        assert list(record) == keys and list(record["hardware"]) == ["cpu", "cores", "gpu"]
+        assert record["arguments"]["run_dir"] == "" and record["arguments"]["threads"] == 1
+        assert record["arguments"].get("perception_cost_weight") == weight
+        assert record["trained_steps"] == 256 and len(record["evaluation"]["returns"]) == 2
+        packed = result.with_suffix(".csv.gz").read_bytes()
+        assert packed[3:8] == bytes(5), "neither a file name nor a time in gzip's header"
+        lines = gzip.decompress(packed).decode().splitlines()
+        assert lines[0] == "agent_steps,seconds,episodic_return,episodic_length"
+        steps = [int(step) for step, _, _ in rows(result.with_suffix(".csv.gz"))]
+        assert len(steps) > 8 and steps == sorted(steps) and steps[-1] <= 256
+        run = folder / "runs" / "tiny" / f"CartPole-v1__{arm}__1"
+        collect.main(collect.Args([run], "by-hand", arm, folder / "results"))
+        again = folder / "results" / "by-hand" / "CartPole-v1" / result.name
+        assert again.with_suffix(".csv.gz").read_bytes() == packed and again.read_text() == result.read_text()
+        with pytest.raises(SystemExit, match="is there already"):
+            collect.main(collect.Args([run], "by-hand", arm, folder / "results"))
+    matrix = write_matrix(TINY + SPRIG)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    code, said = play(matrix)
+    assert code == 0 and said == "tiny.toml: 2 runs, 2 done or left alone, 0 to play\n"
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_interrupted_and_killed_runs_end_like_one_left_alone(folder):
+    alone = write_matrix(name="alone", changes=LONG)
+    play_only(alone)
+    matrix = write_matrix(changes=LONG)
+    run = folder / "runs" / "tiny" / "CartPole-v1__ppo__1"
+    process = start(matrix)
+    wait_for((run / "checkpoint-256.pt").exists, process)
+    for pid in processes_of(folder):  # the script alone: its second attempt goes on
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: "resumed" in (run / "args.json").read_text(), process)
+    newest = runner.load_script("ppo_continuous_baseline.py").checkpoint_paths(run)[0]
+    wait_for(lambda: not newest.exists(), process)  # it is two checkpoints further
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert "exit code -9" in output and "goes on on" in output and "the same command goes on" in output
+    assert not processes_of(folder), "nobody trains on"
+    assert "continue with: " in run.with_suffix(".log").read_text(), "it was given the time to save"
+    (planned,) = runner.load_matrix(matrix, runner.Path("runs"), runner.Path("results"))
+    state, step = runner.find_state(planned)
+    assert state == f"interrupted at {step}" and 512 < step < 8192
+    play_only(matrix)
+    ours, whole = (folder / "results" / name / "CartPole-v1" / "ppo_seed1.json" for name in ("tiny", "alone"))
+    assert rows(ours.with_suffix(".csv.gz")) == rows(whole.with_suffix(".csv.gz"))
+    assert len(rows(ours.with_suffix(".csv.gz"))) > 100
+    ours, whole = (json.loads(path.read_text()) for path in (ours, whole))
+    assert ours["evaluation"] == whole["evaluation"] and len(ours["resumed"]) == 2
+
+
+def test_a_script_outlives_neither_its_watcher_nor_its_lock(folder, capsys):
+    matrix = write_matrix(changes={**LONG, "total-timesteps = 256": "total-timesteps = 1_000_000"})
+    process = start(matrix, "--only", "0")
+    run = folder / "runs" / "tiny" / "CartPole-v1__ppo__1"
+    wait_for((run / "checkpoint-256.pt").exists, process)
+    play_only(matrix)
+    assert "another process plays it, left alone" in capsys.readouterr().out
+    process.kill()
+    process.communicate()
+    (planned,) = runner.load_matrix(matrix, runner.Path("runs"), runner.Path("results"))
+    wait_for(lambda: not runner.is_played(planned))
+    assert not processes_of(folder)
+    assert runner.find_state(planned)[0].startswith("interrupted at")
+
+
+def test_dry_run_only_and_states(folder, capsys):
+    matrix = write_matrix(changes={"seeds = [1]": "seeds = [1, 2, 3]"})
+
+    def table():
+        capsys.readouterr()
+        runner.main(runner.Args(matrix, dry_run=True, results=runner.Path("results")))
+        return [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+
+    def states():
+        return [[cell.strip() for cell in line if cell][4] for line in table()[1:]]
+
+    lines = table()
+    assert len(lines) == 4 and not (folder / "runs").exists()
+    command = lines[2][-1].split()
+    assert "--seed 2 " in lines[2][-1] and "--threads 1 " in lines[2][-1]
+    play_only(matrix, index=0)
+    assert states() == ["done", "to do", "to do"]
+    subprocess.run(command, check=True, capture_output=True)  # just as it is printed
+    assert states() == ["done", "played, to export", "to do"]
+    play_only(matrix, index=1)
+    assert "seed 2: starts" not in capsys.readouterr().out, "it is exported, not played again"
+    unusable = folder / "runs" / "tiny" / "CartPole-v1__ppo__3"
+    unusable.mkdir()
+    (unusable / "checkpoint-64.pt").write_text("not a checkpoint")
+    assert states() == ["done", "done", "to do, what is there set aside"]
+    play_only(matrix, index=2)
+    assert states() == ["done", "done", "done"]
+    assert (unusable.with_name(f"{unusable.name}__aside1") / "checkpoint-64.pt").exists()
+    matrix = write_matrix(changes={"seeds = [1]": "seeds = [1, 2, 3]", "steps = 20": "steps = 19"})
+    result = "results/tiny/CartPole-v1/ppo_seed1.json"
+    assert states()[0] == f"differs: {result} was made with --max-episode-steps 20, not 19"
+    with pytest.raises(SystemExit, match=f"error: {result} was made with --max-episode-steps 20, not 19; move it away"):
+        runner.main(runner.Args(matrix, results=runner.Path("results")))
+    shutil.rmtree("results")
+    with pytest.raises(SystemExit, match="ppo__1/args.json was made with --max-episode-steps 20, not 19"):
+        play_only(matrix)
+    with pytest.raises(SystemExit, match="--only 3: tiny.toml has runs 0 to 2"):
+        play_only(matrix, index=3)
+
+
+BAD = {
+    "unknown key": ({"tasks =": "games ="}, "games is not a key"),
+    "missing key": ({"seeds = [1]": ""}, "seeds is missing"),
+    "key of an arm": ({'title = "PPO"': 'name = "PPO"'}, "arms.ppo: name is not a key"),
+    "not TOML": ({"seeds = [1]": "seeds = [1"}, "is not TOML"),
+    "unknown script": ({"ppo_continuous_baseline.py": "ppo.py"}, "script 'ppo.py' is none of"),
+    "unknown flag": ({"num-steps": "num-step"}, "has no flag --num-step; did you mean num-steps?"),
+    "underscore": ({"num-steps": "num_steps"}, "has no flag --num_steps; did you mean num-steps?"),
+    "flag of the twin": ({"num-steps = 32": "num-steps = 32\nattention = 'none'"}, "has no flag --attention"),
+    "flag of the runner": ({"num-steps = 32": "num-steps = 32\nseed = 3"}, "--seed is not for the matrix"),
+    "label": ({"[arms.ppo]": "[arms.PPO_1]"}, "arms.PPO_1: a label consists of"),
+    "no arms": ({"[arms.ppo]": "[arms]"}, "is not a table"),
+    "double seed": ({"seeds = [1]": "seeds = [1, 2, 1]"}, "seeds has 1 twice"),
+    "no seeds": ({"seeds = [1]": "seeds = []"}, "is not a list of int, at least one"),
+    "seed that is a word": ({"seeds = [1]": "seeds = ['1']"}, "is not a list of int"),
+    "string for int": ({"num-steps = 32": "num-steps = '32'"}, "num-steps = '32', but --num-steps takes int"),
+    "float for int": ({"num-steps = 32": "num-steps = 32.0"}, "num-steps = 32.0, but --num-steps takes int"),
+    "int for bool": ({"num-steps = 32": "num-steps = 32\nanneal-lr = 1"}, "anneal-lr = 1, but --anneal-lr takes bool"),
+    "choice": ({"num-steps = 32": "num-steps = 32\nnorm-adv = 'all'"}, "takes one of rollout, minibatch, none"),
+    "no cores": ({"seeds = [1]": "seeds = [1]\ncpus = 0"}, "cpus must be at least 1"),
+    "two GPUs": ({"seeds = [1]": "seeds = [1]\ngpus = 2"}, "gpus must lie in [0, 1]"),
+    "hidden GPU": ({"num-steps = 32": "num-steps = 32\ndevice = 'cuda'"}, "device = 'cuda', but gpus = 0"),
+    "the script's own check": ({"minibatch-size = 32": "minibatch-size = 7"}, "arms.ppo: --minibatch-size 7 does not"),
+    "unknown task": ({"CartPole-v1": "CartPol-v1"}, "did you mean CartPole-v1?"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_with_a_matrix_is_said_before_anything_starts(case, folder):
+    changes, message = BAD[case]
+    with pytest.raises(SystemExit) as error:
+        runner.main(runner.Args(write_matrix(changes=changes)))
+    assert message in error.value.code and error.value.code.startswith("error: tiny.toml"), error.value.code
+    assert "\n" not in error.value.code and os.listdir() == ["tiny.toml"]
+
+
+def test_bad_input_ends_with_one_line_and_exit_code_1(folder):
+    code, said = play("missing.toml")
+    assert code == 1 and said == "error: missing.toml cannot be read: No such file or directory\n"
+    code, said = play(write_matrix(changes={"seeds = [1]": "seeds = [1]\ncpus = 10_000"}))
+    assert code == 1 and said.splitlines()[-1] == "error: a run needs 10000 CPUs and 0 GPUs, which no machine has"
+    assert not (folder / "runs").exists()
+
+
+def test_none_is_written_as_a_word():
+    flags = {"target-kl": "None", "num-steps": 64}
+    arguments = runner.script_arguments(flags, "ppo_continuous_baseline.py", "here")
+    assert arguments == {"target_kl": None, "num_steps": 64}
+
+
+@pytest.mark.parametrize("path", MATRICES, ids=lambda path: path.stem)
+def test_committed_matrices_are_sound(path):
+    runs = runner.load_matrix(path, runner.Path("runs"), runner.Path("results"))
+    matrix = tomllib.loads(path.read_text())
+    assert len(runs) == len(matrix["tasks"]) * len(matrix["seeds"]) * len(matrix["arms"])
+    assert all(run.seed < 101 for run in runs), "from 101 on, seeds are for tuning"
+    arms = [arm for arm in matrix["arms"].values()]
+    assert len({(arm["script"], str(arm.get("flags"))) for arm in arms}) == len(arms), "arms differ"
+
+
+def test_seconds_of_a_resumed_run_leave_out_the_time_between_its_sittings():
+    class Point:
+        def __init__(self, step, value, wall_time):
+            self.step, self.value, self.wall_time = step, value, wall_time
+
+    speed = [Point(10, 5, 100), Point(20, 5, 103), Point(30, 4, 1000), Point(40, 4, 1004)]
+    assert collect.training_seconds(speed, {20}) == [2, 5, 7.5, 11.5]
