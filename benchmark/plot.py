@@ -53,7 +53,8 @@ PUBLISHED = {  # of PPO: what it is, and each source's return
     "Walker2d-v5": ("1M steps, v4", {"CleanRL": 2287}),
     "InvertedPendulum-v5": ("1M steps, v4", {"CleanRL": 963}),
 }
-PAPER = ("headline", "BeamRiderNoFrameskip-v4", {"ppo": "ppo_mean", "sprig": "sprig_mean"})  # arm -> column of Figure 2
+# Matrices that show Figure 2, its task, and its column for each arm.
+PAPER = (("headline", "beamrider"), "BeamRiderNoFrameskip-v4", {"ppo": "ppo_mean", "sprig": "sprig_mean"})
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 GREY = "#666666"
 
@@ -479,7 +480,7 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
         hours = max((time.max() for time in times.values()), default=0) > 2 * 3600
         for key, time in times.items():
             draw_group(right, groups[key], time / (3600 if hours else 60), colours[key[1]], alpha)
-        if (matrix.name, task) == PAPER[:2] and set(PAPER[2]) <= set(colours):
+        if matrix.name in PAPER[0] and task == PAPER[1] and set(PAPER[2]) <= set(colours):
             draw_paper(left, results / "figure2_beamrider.csv", colours, longest, unit)
         for axis in (left, right):
             if task in RANDOM:

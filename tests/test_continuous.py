@@ -75,7 +75,7 @@ def test_restarted_environments_forget_what_came_before(env_id):
 def test_cartpole_is_solved(script, tmp_path):
     args = script.Args(
         env_id="CartPole-v1", total_timesteps=32_768, num_envs=4, num_steps=256, minibatch_size=128,
-        learning_rate=1e-3, threads=1, eval_episodes=10, run_dir=str(tmp_path / "run"),
+        learning_rate=1e-3, target_kl=None, threads=1, eval_episodes=10, run_dir=str(tmp_path / "run"),
     )  # fmt: skip
     evaluation = script.main(args)
     returns = [value for _, value in scalars(tmp_path / "run")["charts/episodic_return"]]

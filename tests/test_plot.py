@@ -252,11 +252,11 @@ def test_committed_tables_and_figures_are_what_the_data_give(monkeypatch):
 
 def forge_a_table(args):
     text = args.documents[0].read_text()
-    score = r"(<!-- table: headline -->.*?\n\|-.*?\n\|.*?)(\d)( \|\n)"  # the last digit of the table's first row
+    score = r"(<!-- table: beamrider -->.*?\n\|-.*?\n\|.*?)(\d)( \|\n)"  # the last digit of the table's first row
     forged = re.sub(score, lambda found: found[1] + str((int(found[2]) + 1) % 10) + found[3], text, count=1, flags=re.S)
     assert forged != text
     args.documents[0].write_text(forged)
-    return {"README.md"}, {"results.md", "headline.png", "mujoco.png"}
+    return {"README.md"}, {"results.md", "beamrider.png", "mujoco.png"}
 
 
 def forge_a_game(args):
@@ -264,12 +264,12 @@ def forge_a_game(args):
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     lines[-1] = ",".join([*lines[-1].split(",")[:2], "99999", "1000"])
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    return {"mujoco.png", "results.md"}, {"headline.png"}
+    return {"mujoco.png", "results.md"}, {"beamrider.png"}
 
 
 def lose_a_figure(args):
-    (args.results / "headline.png").unlink()
-    return {"headline.png"}, {"README.md", "results.md", "mujoco.png"}
+    (args.results / "beamrider.png").unlink()
+    return {"beamrider.png"}, {"README.md", "results.md", "mujoco.png"}
 
 
 @pytest.mark.parametrize("forge", [forge_a_table, forge_a_game, lose_a_figure])
