@@ -1065,18 +1065,20 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters())
 
 
-def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
-    """Adam over all of a player's parameters at once: they become views of one vector, and that is what moves.
-
-    One operation in place of one per tensor, which for small networks saves a fifth of the update.
-    """
+def one_vector(module: nn.Module) -> list[nn.Parameter]:
+    """Turns all of a player's parameters into views of one vector and returns that, or nothing if it has none."""
     parameters = list(module.parameters())
     vectors = [nn.Parameter(flatten([parameter.detach() for parameter in parameters]))] if parameters else []
     for vector in vectors:
         for parameter, values in zip(parameters, vector.detach().split([p.numel() for p in parameters])):
             parameter.data = values.view_as(parameter)
+    return vectors
+
+
+def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
+    """Adam over one vector: one operation in place of one per tensor, a fifth of a small network's update."""
     rate = args.learning_rate * (args.leader_rate_factor if isinstance(module, Leader) else 1)
-    return torch.optim.Adam([{"params": vectors, "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
+    return torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
 
 
 def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -1572,6 +1574,8 @@ def restore_random_state(states: list[dict]) -> None:
 def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
     """The weights of a finished run (model.pt), or of the newest checkpoint of one that is not."""
     players, path = {"leader": leader, "follower": follower}, run_dir / "model.pt"
+    for player in players.values():
+        one_vector(player)  # as in training: how a product rounds depends on where in memory its factors lie
     if not path.exists():
         load_checkpoint(run_dir, players)
         return

@@ -305,7 +305,9 @@ def test_entries_stay_apart_in_the_features_unless_read_literally():
     obs = torch.randn(64, 17)
     spread = {}
     for attention in ("gated", "figure4"):
-        leader = script.Leader(gym.spaces.Box(-1, 1, (17,), np.float32), script.Args(attention=attention))
+        leader = script.Leader(
+            gym.spaces.Box(-1, 1, (17,), np.float32), script.Args(attention=attention, feature_scale=1)
+        )
         with torch.no_grad():
             spread[attention] = leader(obs).view(64, 17, -1).std(1).mean().item()  # over entries
     assert spread["gated"] > 0.1 and spread["figure4"] < 0.5 * spread["gated"]
