@@ -13,7 +13,8 @@ Each run is the ordinary script as a process of its own, in `<runs>/<matrix>/<ta
 .log beside that. Once it is finished it is exported as benchmark/collect.py says. Call the same command again as often
 as you like: what is finished is skipped, what was interrupted goes on from its last checkpoint and ends as if it had
 been left alone, a folder without a readable checkpoint is set aside under another name. A run that fails is tried once
-more, then listed; the exit code is then 1. Ctrl-C and SIGTERM save all runs and exit with 130, a second one saves none.
+more, then listed; the exit code is then 1. Ctrl-C and SIGTERM save all runs, at a checkpoint more than they would have
+had (the games restart there), and exit with 130; a second one saves none.
 
 On a cluster, and under Slurm, this folder, `runs` and `results` must lie on a file system that all machines share.
 """

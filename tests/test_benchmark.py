@@ -45,7 +45,11 @@ title = "a step size that no network survives"
 script = "ppo_continuous_baseline.py"
 flags = { learning-rate = 1e30 }
 """
-LONG = {"total-timesteps = 256": "total-timesteps = 8192", "checkpoint-interval = 32": "checkpoint-interval = 256"}
+LONG = {  # a checkpoint after each iteration, as the one that SIGTERM adds restarts the games as well
+    "total-timesteps = 256": "total-timesteps = 8192",
+    "checkpoint-interval = 32": "checkpoint-interval = 256",
+    "num-steps = 32": "num-steps = 256",
+}
 
 
 @pytest.fixture
