@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from collect import fail
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
@@ -96,10 +97,6 @@ class Run:
         tenths = self.curve[POINTS // 10 - 1 :: POINTS // 10]  # their windows meet and do not overlap
         known = tenths[np.isfinite(tenths)]
         self.area = float(known.mean()) if len(known) else np.nan
-
-
-def fail(message: str):
-    raise SystemExit(f"error: {message}")
 
 
 # ---------------------------------------------------------------- reading
