@@ -113,9 +113,9 @@ class Clock:
 
 
 def watch_phases(script, clock: Clock) -> list:
-    """Let the clock follow a script's main. Returns a list for the last gradient step, function and inputs."""
+    """Let the clock follow a script's main. Returns a list: number of gradient steps, their function, its last inputs."""
     make_envs, collect_rollout, descend = script.make_envs, script.collect_rollout, script.descend
-    last_step = []
+    steps = [0]
 
     def watched_envs(*inputs, **options):
         envs = make_envs(*inputs, **options)
@@ -145,14 +145,14 @@ def watch_phases(script, clock: Clock) -> list:
     timed = getattr(script, name)
 
     def remembered(*inputs):
-        last_step[:] = [step, *inputs]
+        steps[:] = [steps[0] + 1, step, *inputs]
         return timed(*inputs)
 
     setattr(script, name, remembered)
-    return last_step
+    return steps
 
 
-def limits(last_step: list, args: Args) -> dict:
+def limits(steps: list, args: Args) -> dict:
     """Steps per second if nothing but the gradient steps took time, and if they ran at the machine's rate."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -167,20 +167,22 @@ def limits(last_step: list, args: Args) -> dict:
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
-    step, leader, follower, *_, minibatch, settings = last_step
-    per_step = settings.update_epochs / settings.minibatch_size  # gradient steps per agent step
+    played, step, *inputs = steps
+    leader, follower, *_, minibatch, settings = inputs
+    rollout_size = settings.num_envs * settings.num_steps
+    per_step = played / (args.steps // rollout_size * rollout_size)  # a KL limit ends a rollout's epochs early
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         follower(leader(minibatch.obs[:1]))
     acting = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        step(*last_step[1:])
+        step(*inputs)
     flops = acting + per_step * counter.get_total_flops()
     matrix = torch.randn(4096, 4096, device=args.device)
     rate = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix, 7)
     return {
         "megaflop per step": flops / 1e6,
         "gigaflop per second of a matrix product": rate / 1e9,
-        "limit: bare update": 1 / (per_step * seconds(lambda: step(*last_step[1:]), 30)),
+        "limit: bare update": 1 / (per_step * seconds(lambda: step(*inputs), 30)),
         "limit: arithmetic": rate / flops,
     }
 
@@ -223,14 +225,14 @@ def ours(name: str, args: Args) -> dict:
     script = importlib.import_module(Path(name).stem)
     settings = {"device": args.device, "threads": args.threads, "total_timesteps": args.steps, "eval_episodes": 0}
     clock = Clock(args.device)
-    last_step = watch_phases(script, clock) if args.clock else []
+    steps = watch_phases(script, clock) if args.clock else []
     with tempfile.TemporaryDirectory() as folder:
         script.main(script.Args(run_dir=f"{folder}/run", **settings, **SETTINGS[args.settings]))
         clock.turn_to(["other"])
         if args.clock:
             total = sum(clock.seconds.values())
             shares = {f"share: {phase}": seconds / total for phase, seconds in clock.seconds.items()}
-            return shares | limits(last_step, args)
+            return shares | limits(steps, args)
         events = EventAccumulator(f"{folder}/run")
         events.Reload()
         return {"steps per second": events.Scalars("charts/SPS")[-1].value}
