@@ -186,7 +186,7 @@ class Args:
     leader_value_coef: float = 0.0
     """weight of the squared value error in the leader's loss (Algorithm 1: none)"""
     attention: Literal["gated", "figure4", "none"] = "gated"
-    """ReLU and x + γ·attention(x); attention(x) alone as drawn in Figure 4; or no attention"""
+    """x + γ·attention(f(x)) with a ReLU in f; attention(f(x)) as drawn in Figure 4; or each entry left to itself"""
     feature_scale: float = 0.25
     """factor on the features that the follower sees: how far one of Adam's steps moves the policy"""
     update: Literal["stackelberg", "simultaneous", "separate", "stopped", "joint"] = "stackelberg"
@@ -722,28 +722,32 @@ class TiledAttention(torch.autograd.Function):
 class AttentionBlock(nn.Module):
     """Self-attention over n tokens (Figure 4): (B, n, C) -> (B, n, C)."""
 
-    def __init__(self, channels: int, gated: bool):
+    def __init__(self, channels: int, gated: bool, attends: bool = True):
         super().__init__()
-        self.widths = [channels // 4, channels // 4, channels]
+        self.widths = [channels // 4, channels // 4, channels] if attends else [0, 0, channels]
         self.project = nn.Linear(channels, sum(self.widths))  # the three 1x1 convolutions at once
-        # DEVIATION: row 4, x + γ·attention(x) for attention(x), which averages the map away
+        # DEVIATION: row 4, γ·attention for attention alone, which averages the map away
         self.gate = nn.Parameter(torch.zeros(())) if gated else None
+        self.attends = attends
 
     def forward(self, x: torch.Tensor, num_rows: int | None = None):
         """Also returns the weights of all query rows (`num_rows` 0), of so many drawn at random, or None."""
         n = x.shape[1]
         query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/4), (B, n, C/4), (B, n, C)
+        if not self.attends:  # to others: each entry is left to itself
+            return value, None
         rows = None
         if num_rows is not None:
             drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]] if 0 < num_rows < n else query
             rows = attention_rows(drawn, key)  # (B, r, n)
         attended = torch.bmm(rows, value) if rows is not None and drawn is query else attend(query, key, value)
-        return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
+        return attended, rows
 
 
 class Leader(nn.Module):
-    """Perception, θ: each entry a token, then three times linear, LayerNorm, attention over the entries.
+    """Perception, θ: each entry a token, to which three layers add: linear, LayerNorm, attention over the entries.
 
+    At first the gates are 0 and the features linear in the observation, like what PPO's heads see.
     obs (B, n) or (B, 2, n) (see Disturbed) -> features (B, n·C). With `num_rows` given, (features, attention):
     a list of K = 3 tensors (B, r, n) (see AttentionBlock).
     """
@@ -753,12 +757,11 @@ class Leader(nn.Module):
         num_entries, channels = observation_space.shape[-1], 16
         self.normaliser = Normaliser(num_entries, args)
         self.scale = nn.Parameter(torch.randn(num_entries, channels))  # an entry x becomes the token x·scale + bias
-        self.bias = nn.Parameter(torch.randn(num_entries, channels))
+        self.bias = nn.Parameter(torch.zeros(num_entries, channels))
         self.linears = nn.ModuleList(init_layer(nn.Linear(channels, channels)) for _ in range(3))
         self.norms = nn.ModuleList(nn.LayerNorm((num_entries, channels)) for _ in range(3))
         self.blocks = nn.ModuleList(
-            AttentionBlock(channels, gated=args.attention == "gated") if args.attention != "none" else None
-            for _ in range(3)
+            AttentionBlock(channels, args.attention != "figure4", attends=args.attention != "none") for _ in range(3)
         )
         # DEVIATION: row 4, ReLU after LayerNorm: without it perception is linear but for attention
         self.activation = nn.Identity() if args.attention == "figure4" else nn.ReLU(inplace=True)
@@ -769,11 +772,10 @@ class Leader(nn.Module):
         x = torch.addcmul(self.bias, self.normaliser(obs).unsqueeze(-1), self.scale)  # (B, n, C)
         attention = []
         for linear, norm, block in zip(self.linears, self.norms, self.blocks):
-            x = self.activation(norm(linear(x)))  # (B, n, C)
-            if block is not None:
-                x, rows = block(x, num_rows)
-                attention.append(rows)
-        # Scaled down (docs/paper.md, row 11): LayerNorm's unit scale makes each of Adam's steps a leap of the policy.
+            attended, rows = block(self.activation(norm(linear(x))), num_rows)  # (B, n, C)
+            x = attended if block.gate is None else torch.addcmul(x, block.gate, attended)
+            attention += [rows] if block.attends else []
+        # Scaled down (docs/paper.md, row 11): hundreds of features of unit scale make each of Adam's steps a leap.
         features = self.args.feature_scale * x.flatten(1)  # (B, n·C)
         return features if num_rows is None else (features, attention)
 

@@ -313,6 +313,32 @@ def test_entries_stay_apart_in_the_features_unless_read_literally():
     assert spread["gated"] > 0.1 and spread["figure4"] < 0.5 * spread["gated"]
 
 
+def test_features_start_linear_in_the_observation():
+    """Measured: behind random kinks of each entry Walker2d is not learnt (docs/paper.md, row 4 on vectors)."""
+    script = CONTINUOUS["sprig_continuous"]
+    space, obs = gym.spaces.Box(-1, 1, (9,), np.float32), torch.randn(2, 5, 9)
+    for attention in ("gated", "none"):
+        leader = script.Leader(space, script.Args(attention=attention))
+        with torch.no_grad():
+            torch.testing.assert_close(leader(obs[0] + 2 * obs[1]), leader(obs[0]) + 2 * leader(obs[1]))
+            for block in leader.blocks:
+                block.gate.data.fill_(0.7)
+            assert (leader(obs[0] + 2 * obs[1]) - leader(obs[0]) - 2 * leader(obs[1])).abs().max() > 0.01
+
+
+def test_without_attention_an_entry_changes_the_layers_only_through_their_norm():
+    script = CONTINUOUS["sprig_continuous"]
+    leader = script.Leader(gym.spaces.Box(-1, 1, (9,), np.float32), script.Args(attention="none"))
+    leader.norms = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+    for block in leader.blocks:
+        block.gate.data.fill_(0.7)
+    obs = torch.randn(5, 9)
+    with torch.no_grad():
+        change = (leader(obs) - leader(obs.index_fill(1, torch.tensor([4]), 2.0))).view(5, 9, -1).abs().amax((0, 2))
+        assert leader(obs, num_rows=0)[1] == []
+    assert change.nonzero().flatten().tolist() == [4]
+
+
 def test_joint_update_is_bit_identical_to_the_baselines():
     sprig, ppo = CONTINUOUS["sprig_continuous"], CONTINUOUS["ppo_continuous_baseline"]
     settings = {"env_id": "Pendulum-v1", "minibatch_size": 8, "update_epochs": 2}
