@@ -113,7 +113,7 @@ class Clock:
 
 
 def watch_phases(script, clock: Clock) -> list:
-    """Let the clock follow a script's main. Returns a list: number of gradient steps, their function, its last inputs."""
+    """Let the clock follow a script's main. Returns a list: gradient steps taken, their function, its last inputs."""
     make_envs, collect_rollout, descend = script.make_envs, script.collect_rollout, script.descend
     steps = [0]
 
