@@ -443,7 +443,10 @@ class Leader(nn.Module):
         self.conv1 = init_layer(nn.Conv2d(observation_space.shape[0], 32, 8, stride=4))
         self.conv2 = init_layer(nn.Conv2d(32, 64, 4, stride=2))
         self.conv3 = init_layer(nn.Conv2d(64, 64, 3, stride=1))
-        self.num_features = 64 * 7 * 7
+        size = observation_space.shape[-1]  # 84, then rows (and columns) of locations: 20, 9, 7
+        for conv in (self.conv1, self.conv2, self.conv3):
+            size = (size - conv.kernel_size[0]) // conv.stride[0] + 1
+        self.num_features = 64 * size**2
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:

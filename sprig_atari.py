@@ -610,11 +610,14 @@ class Leader(nn.Module):
 
     def __init__(self, observation_space: gym.spaces.Box, args: Args):
         super().__init__()
-        channels, kernels, strides, sizes = (observation_space.shape[0], 32, 64, 64), (8, 4, 3), (4, 2, 1), (20, 9, 7)
+        channels, kernels, strides = (observation_space.shape[0], 32, 64, 64), (8, 4, 3), (4, 2, 1)
+        sizes = [observation_space.shape[-1]]  # 84, then rows (and columns) of locations: 20, 9, 7
+        for kernel, stride in zip(kernels, strides):
+            sizes.append((sizes[-1] - kernel) // stride + 1)
         self.convs = nn.ModuleList(
             init_layer(nn.Conv2d(channels[k], channels[k + 1], kernels[k], strides[k])) for k in range(3)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm((sizes[k], sizes[k], channels[k + 1])) for k in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm((size, size, width)) for size, width in zip(sizes[1:], channels[1:]))
         self.blocks = nn.ModuleList(
             AttentionBlock(channels[k + 1], gated=args.attention == "gated") if args.attention != "none" else None
             for k in range(3)

@@ -5,7 +5,8 @@
 
 Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<matrices>/<matrix>.toml` the question and
 the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png`, and in the documents all that
-stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison", or "runs".
+stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison", "runs", or a
+table that speed.py or scale.py left in `<results>/NAME.md`; `<results>/scale.png` is drawn from scale.csv.
 
 The same for every matrix:
 
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scale
 import tyro
 from collect import fail
 from matplotlib.figure import Figure
@@ -569,6 +571,10 @@ def main(args: Args) -> None:
             tables[f"{name} comparison"] = comparison_table(matrix, runs)
             figures[args.results / f"{name}.png"] = draw(matrix, runs, args.results)
     tables["runs"] = runs_table(matrices, results)
+    for path in sorted(args.results.glob("*.md")):  # speed.py's and scale.py's
+        tables[path.stem] = path.read_text().strip()
+    if (args.results / "scale.csv").exists():
+        figures[args.results / "scale.png"] = scale.draw(scale.read(args.results / "scale.csv"))
     texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written
     if args.check:
         stale = [path for path, text in texts.items() if path.read_text() != text]

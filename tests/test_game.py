@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import build, last_gradients, random_batch
 
+import ppo_atari_baseline as ppo
 import sprig_atari as sprig
 
 
@@ -341,6 +342,13 @@ def test_paper_literal_sets_every_literal_reading():
     args = sprig.check_args(sprig.Args(paper_literal=True))
     assert args.cooperation_weight == 0.3 and args.perception_cost == "l1" and args.attention == "figure4"
     assert args.leader_objective == "log-prob" and args.leader_value_coef == 0 and args.update == "stackelberg"
+
+
+@pytest.mark.parametrize("script", [sprig, ppo])
+def test_encoders_take_frames_of_another_size(script):
+    leader = script.Leader(gym.spaces.Box(0, 255, (4, 126, 126), np.uint8), script.Args())
+    features = leader(torch.randint(256, (2, 4, 126, 126), dtype=torch.uint8))
+    assert features.shape == (2, 64 * 12 * 12) == (2, leader.num_features)
 
 
 def test_gates_start_at_zero_and_attention_then_changes_nothing():

@@ -1,14 +1,18 @@
 """Tables and figures: the numbers behind them on cases with known answers, and that the committed ones are current."""
 
+import csv
 import dataclasses
 import gzip
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import plot
 import pytest
+import scale
 from conftest import ROOT
 from rliable import metrics
 from scipy.stats import trim_mean
@@ -299,3 +303,45 @@ def test_two_runs_write_the_same_bytes(made):
         written.append([path.read_bytes() for path in (*made.documents, made.results / "m.png")])
         np.random.rand()  # noqa: NPY002 - which nothing may depend on
     assert written[0] == written[1]
+
+
+def scale_rows(exponent):
+    """Seconds 0.001 · size^exponent, operations ~ size, at three sizes, two rounds a tenth apart."""
+    return [
+        dict(
+            zip(
+                scale.COLUMNS, ("atari", "SPRIG", "minibatch", size, n, 1e-3 * size**exponent * (0.9 + n / 10), size, 7)
+            )
+        )
+        for n in (1, 2, 3)
+        for size in (16, 64, 256)
+    ]
+
+
+def test_growth_is_the_exponent_of_a_power_law():
+    assert scale.growth(np.array([1, 10, 100]), np.array([3, 300, 30000])) == pytest.approx((2, 3))
+    table = scale.report(scale_rows(0.5), "heading")
+    cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
+    assert cells == ["atari, minibatch", "SPRIG", "16 to 256", "4.4 to 17.6", "0.50", "1.00", "7 to 7"]
+
+
+def test_a_speed_table_and_the_picture_of_growth_are_taken_from_the_results(made):
+    made.documents[0].write_text("<!-- table: speed -->\n<!-- end -->\n")
+    (made.results / "speed.md").write_text("| fast |\n")
+    with open(made.results / "scale.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, scale.COLUMNS)
+        writer.writeheader()
+        writer.writerows(scale_rows(0.5))
+    plot.main(made)
+    assert "| fast |" in made.documents[0].read_text() and (made.results / "scale.png").stat().st_size > 10_000
+    (made.results / "speed.md").write_text("| faster |\n")
+    with pytest.raises(SystemExit, match="page.md"):
+        plot.main(dataclasses.replace(made, check=True))
+
+
+def test_a_point_of_growth_is_measured_on_the_real_step():
+    command = [sys.executable, "benchmark/scale.py", "--threads", "1", "--point", "continuous", "SPRIG", "entries", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert 0 < measured["seconds"] < 10 and measured["megaflop"] > 1 and measured["peak memory, MiB"] > 0
