@@ -12,7 +12,9 @@ stable-baselines3 plays through its own wrappers: Atari's, environments in one p
 After the rounds each twin trains once more under a clock, which tells the phases apart (on a GPU it waits for the
 device at each change of phase). Then its last gradient step is repeated alone. Two limits follow, in steps per
 second: `bare update` if all but the gradient steps were free; `arithmetic` if nothing took time but the floating-point
-operations, at the rate of a large matrix product. Writes a table in Markdown and all that was measured as CSV.
+operations, at the rate of a large matrix product. And a profile of that gradient step: each operation's share of it,
+without those that it calls (on a GPU: of the time in which the CPU is busy handing them out). Writes a table in
+Markdown and all that was measured as CSV.
 """
 
 import csv
@@ -53,6 +55,7 @@ SETTINGS = {
         "vf_coef": 0.25,
     },
 }
+OPERATIONS = 10  # shown of a profile
 PHASES = ("emulator", "inference", "leader", "follower", "joint step", "logging", "other")
 
 
@@ -187,6 +190,20 @@ def limits(steps: list, args: Args) -> dict:
     }
 
 
+def operations(steps: list) -> dict:
+    """Shares of the operations that take most of a gradient step, and of all others."""
+    import torch
+
+    _, step, *inputs = steps
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(30):
+            step(*inputs)
+    seconds = sorted(((event.self_cpu_time_total, event.key) for event in profile.key_averages()), reverse=True)
+    total = sum(share for share, _ in seconds)
+    shares = {f"share of a gradient step: {key}": share / total for share, key in seconds[:OPERATIONS]}
+    return shares | {"share of a gradient step: all others": sum(s for s, _ in seconds[OPERATIONS:]) / total}
+
+
 def stable_baselines3(args: Args) -> dict:
     import torch
     from stable_baselines3 import PPO
@@ -232,7 +249,7 @@ def ours(name: str, args: Args) -> dict:
         if args.clock:
             total = sum(clock.seconds.values())
             shares = {f"share: {phase}": seconds / total for phase, seconds in clock.seconds.items()}
-            return shares | limits(steps, args)
+            return shares | limits(steps, args) | operations(steps)
         events = EventAccumulator(f"{folder}/run")
         events.Reload()
         return {"steps per second": events.Scalars("charts/SPS")[-1].value}
@@ -321,7 +338,8 @@ def report(rounds: list[dict], clocked: dict, args: Args) -> str:
         row(f"{name}, peak memory, MiB", [m[name]["peak memory, MiB"] for m in rounds], ".0f") for name in contestants
     ]
     lines += ["", "| | " + " | ".join(clocked) + " |", "|-|" + "-|" * len(clocked)]
-    for quantity in dict.fromkeys(quantity for measured in clocked.values() for quantity in measured):
+    quantities = dict.fromkeys(quantity for measured in clocked.values() for quantity in measured)
+    for quantity in sorted(quantities, key=lambda quantity: quantity.endswith("all others")):
         if quantity.startswith("peak"):
             continue
         form = ".0%" if quantity.startswith("share") else ",.0f"

@@ -345,3 +345,15 @@ def test_a_point_of_growth_is_measured_on_the_real_step():
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert 0 < measured["seconds"] < 10 and measured["megaflop"] > 1 and measured["peak memory, MiB"] > 0
+
+
+def test_the_clock_accounts_for_all_of_a_runs_time():
+    command = [sys.executable, "benchmark/speed.py", "--family", "continuous", "--threads", "1", "--steps", "4096"]
+    command += ["--contestant", "sprig_continuous.py", "--clock"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    for kind in ("share: ", "share of a gradient step: "):
+        assert sum(value for key, value in measured.items() if key.startswith(kind)) == pytest.approx(1)
+    assert measured["share: leader"] > 0.1 and measured["share: follower"] > 0.1 and measured["share: joint step"] == 0
+    assert 0 < measured["limit: bare update"] < measured["limit: arithmetic"]
