@@ -1,12 +1,13 @@
 """Redraw every table and figure of the results from committed data.
 
-    python benchmark/plot.py            # figures, and the tables in README.md and docs/results.md
+    python benchmark/plot.py            # figures, and the tables in README.md, docs/results.md and docs/speed.md
     python benchmark/plot.py --check    # writes nothing; exit code 1 if a table or figure is not what the data give
 
 Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<matrices>/<matrix>.toml` the question and
 the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png`, and in the documents all that
-stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison", "runs", or a
-table that speed.py or scale.py left in `<results>/NAME.md`; `<results>/scale.png` is drawn from scale.csv.
+stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison", "runs", or what
+speed.py or scale.py left in `<results>/NAME.md` (with "summary", the first table of it). `<results>/scale.png` is drawn
+from scale.csv.
 
 The same for every matrix:
 
@@ -68,7 +69,7 @@ class Args:
     """folder with a folder per matrix; the figures are written there"""
     matrices: Path = Path("benchmark/matrices")
     """folder with a .toml file per matrix"""
-    documents: tuple[Path, ...] = (Path("README.md"), Path("docs/results.md"))
+    documents: tuple[Path, ...] = (Path("README.md"), Path("docs/results.md"), Path("docs/speed.md"))
     """files whose tables are written"""
     check: bool = False
     """write nothing; exit with 1 if a document's table or a figure differs from what the data give"""
@@ -573,6 +574,7 @@ def main(args: Args) -> None:
     tables["runs"] = runs_table(matrices, results)
     for path in sorted(args.results.glob("*.md")):  # speed.py's and scale.py's
         tables[path.stem] = path.read_text().strip()
+        tables[f"{path.stem} summary"] = "\n\n".join(tables[path.stem].split("\n\n")[:2])  # its head and first table
     if (args.results / "scale.csv").exists():
         figures[args.results / "scale.png"] = scale.draw(scale.read(args.results / "scale.csv"))
     texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written

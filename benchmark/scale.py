@@ -236,6 +236,7 @@ def report(rows: list[dict], heading: str) -> str:
 def draw(rows: list[dict]):
     """A row of panels per family for time, one for memory, a column per sweep."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     table = medians(rows)
     figure = Figure(figsize=(13, 10), layout="constrained")
@@ -253,12 +254,16 @@ def draw(rows: list[dict]):
         below.set_ylabel("peak memory, MiB", fontsize=8)
         for axis in (above, below):
             axis.set_xscale("log")
-            axis.set_yscale("log")
             axis.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
             axis.minorticks_off()
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
             axis.legend(fontsize=7, frameon=False)
+        below.set_ylim(0)
+        above.set_yscale("log")
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        above.yaxis.set_major_formatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
+        above.minorticks_off()
     return figure
 
 

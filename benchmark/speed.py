@@ -196,7 +196,7 @@ def operations(steps: list) -> dict:
 
     _, step, *inputs = steps
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(30):
+        for _ in range(10):
             step(*inputs)
     seconds = sorted(((event.self_cpu_time_total, event.key) for event in profile.key_averages()), reverse=True)
     total = sum(share for share, _ in seconds)

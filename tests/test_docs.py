@@ -48,7 +48,7 @@ def test_every_deviation_has_its_row_and_every_row_its_deviation(family):
     assert "DEVIATION" not in (ROOT / f"{baseline}.py").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/paper.md", "docs/results.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/paper.md", "docs/results.md", "docs/speed.md"])
 def test_documents_name_only_what_exists(document):
     text = (ROOT / document).read_text()
     code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])

@@ -348,7 +348,7 @@ def test_a_point_of_growth_is_measured_on_the_real_step():
 
 
 def test_the_clock_accounts_for_all_of_a_runs_time():
-    command = [sys.executable, "benchmark/speed.py", "--family", "continuous", "--threads", "1", "--steps", "4096"]
+    command = [sys.executable, "benchmark/speed.py", "--family", "continuous", "--threads", "1", "--steps", "2048"]
     command += ["--contestant", "sprig_continuous.py", "--clock"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
