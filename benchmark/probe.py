@@ -1,0 +1,207 @@
+"""What an encoder's features tell: a linear probe of the game's state, and whether attention finds what is true.
+
+    python benchmark/probe.py RUN_DIR ...
+
+Runs on Atari: every agent plays `games` games with its own actions. On all these observations together a ridge
+regression reads the state of the game from each run's features, and, to compare with, from those of a network that
+was never trained and from the pixels. The state comes from the emulator: lives, and of BeamRider, from its memory, the
+own ship's horizontal position and the enemies left in the sector. The score is R² on games that the regression has not
+seen: 1 if the state can be read off, 0 if no better than its mean. A fifth of the games choose the penalty, a fifth are
+for the score.
+
+Runs on vectors trained with `--distractors k`: the share of each layer's attention that the n true entries receive,
+over the share of a uniform map; mean over all entries that pay. 1 is no preference, (n + k) / n all of it on the n.
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from collect import fail
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+
+from watch import SCRIPTS
+
+MEMORY = {"beam_rider": {"own position": 41, "enemies left in the sector": 84}}  # addresses; found by acting on them
+PENALTIES = 10.0 ** np.arange(-2, 6)
+
+
+@dataclass
+class Args:
+    runs: Annotated[list[Path], tyro.conf.Positional]
+    """run folders, all on Atari or all on vectors"""
+    games: int = 5
+    """games that each agent plays; at least 5 in all"""
+    steps: int = 1000
+    """agent steps per game at most"""
+    every: int = 4
+    """one of so many observations is kept: neighbours tell the same"""
+    seed: int = 0
+    """seed of the games and actions"""
+
+
+def load(run: Path):
+    """(script, its arguments, leader, follower) of a saved run."""
+    try:
+        name = json.loads((run / "args.json").read_text())["script"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run} is not the folder of a run: {error}")
+    if name not in SCRIPTS:
+        fail(f"{run} is a run of {name}; {', '.join(SCRIPTS)} can be probed")
+    script = importlib.import_module(Path(name).stem)
+    args = dataclasses.replace(script.read_args(run), num_envs=1)
+    envs = script.make_envs(args)
+    leader = script.Leader(envs.single_observation_space, args)
+    follower = script.Follower(leader.num_features, envs.single_action_space)
+    script.load_agent(run, leader, follower)
+    envs.close()
+    return script, args, leader, follower
+
+
+def make_game(script, args) -> gym.Env:
+    """One game that shows its emulator, seen as the scripts' vector environment shows it."""
+    import ale_py
+
+    gym.register_envs(ale_py)
+    protocol = script.env_protocol(args)
+    sticky, actions = protocol["repeat_action_probability"], protocol["full_action_space"]
+    name = "".join(part.capitalize() for part in protocol["game"].split("_"))
+    game = gym.make(f"ALE/{name}-v5", frameskip=1, repeat_action_probability=sticky, full_action_space=actions)
+    game = AtariPreprocessing(game, noop_max=protocol["noop_max"], frame_skip=protocol["frame_skip"])
+    return FrameStackObservation(game, 4)
+
+
+def play(script, args, leader, follower, settings: Args, seed: int) -> tuple[np.ndarray, list[dict[str, float]]]:
+    """One game: observations (T, 4, 84, 84) uint8, and the state of each."""
+    game = make_game(script, args)
+    ale, memory = game.unwrapped.ale, MEMORY.get(script.env_protocol(args)["game"], {})
+    torch.manual_seed(seed)
+    obs, _ = game.reset(seed=seed)
+    seen, states = [], []
+    meanings = game.unwrapped.get_action_meanings()
+    for step in range(settings.steps):
+        if step % settings.every == 0:
+            seen.append(obs)
+            ram = ale.getRAM()
+            states.append({"lives": ale.lives()} | {name: int(ram[address]) for name, address in memory.items()})
+        with torch.inference_mode():
+            action = script.action_distribution(follower(leader(torch.from_numpy(obs)[None]))[0]).sample().item()
+        if step == 0 and "FIRE" in meanings:
+            action = meanings.index("FIRE")
+        obs, _, terminated, truncated, _ = game.step(action)
+        if terminated or truncated:
+            break
+    game.close()
+    return np.stack(seen), states
+
+
+def features_of(leader, obs: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return torch.cat([leader(torch.from_numpy(part)) for part in np.array_split(obs, -(-len(obs) // 64))]).numpy()
+
+
+def probe(features: np.ndarray, targets: np.ndarray, part: np.ndarray) -> list[float]:
+    """R² (targets,) on part 2 of a ridge regression fitted to part 0, its penalty chosen on part 1.
+
+    features (T, F), targets (T, S), part (T,) in {0, 1, 2}. NaN for a target that is constant on any part.
+    """
+    fit, choose, score = (part == k for k in range(3))
+    features = features.astype(np.float64) - features[fit].mean(0)
+    features /= np.maximum(features[fit].std(0), 1e-6 + 1e-3 * features[fit].std())
+    centre = targets[fit].mean(0)
+    kernel = features @ features[fit].T / features.shape[1]  # (T, fit): fewer samples than features
+    values, vectors = np.linalg.eigh(kernel[fit])
+    rotated = vectors.T @ (targets[fit] - centre)
+
+    def r2(weights, rows):  # (S,)
+        error = ((kernel[rows] @ weights + centre - targets[rows]) ** 2).sum(0)
+        spread = ((targets[rows] - targets[rows].mean(0)) ** 2).sum(0)
+        return np.where(spread > 0, 1 - error / np.where(spread > 0, spread, 1), np.nan)
+
+    candidates = [vectors @ (rotated / (np.maximum(values, 0) + penalty)[:, None]) for penalty in PENALTIES]
+    best = np.argmax(np.nan_to_num([r2(weights, choose) for weights in candidates], nan=-1), axis=0)  # (S,)
+    scores = np.array([r2(weights, score) for weights in candidates])[best, np.arange(len(best))]
+    known = np.all([np.ptp(targets[rows], axis=0) > 0 for rows in (fit, choose, score)], axis=0)
+    return np.where(known, scores, np.nan).tolist()
+
+
+def probe_states(agents: dict, settings: Args) -> list[list[str]]:
+    """Rows of the table: encoder, R² of each quantity."""
+    observations, states, games = [], [], []
+    for script, args, leader, follower in agents.values():
+        for _ in range(settings.games):
+            obs, state = play(script, args, leader, follower, settings, settings.seed + len(games))
+            observations.append(obs)
+            states += state
+            games.append(len(obs))
+    names = list(states[0])
+    if any(list(state) != names for state in states):
+        fail("the runs play games of different states; probe one game at a time")
+    targets = np.array([list(state.values()) for state in states], dtype=np.float64)
+    parts = np.array([(0, 1, 0, 2, 0)[i % 5] for i in range(len(games))])
+    part, obs = np.repeat(parts, games), np.concatenate(observations)
+    encoders = {str(run): leader for run, (_, _, leader, _) in agents.items()}
+    for script, args, *_ in agents.values():
+        torch.manual_seed(settings.seed)
+        fresh = script.Leader(gym.spaces.Box(0, 255, obs.shape[1:], np.uint8), args)
+        encoders.setdefault(f"{script.__name__}.py, not trained", fresh)
+    rows = [["encoder", *(f"{name}, R²" for name in names)]]
+    for name, leader in encoders.items():
+        rows.append([name, *map(show, probe(features_of(leader, obs), targets, part))])
+    rows.append(["pixels", *map(show, probe(obs.reshape(len(obs), -1) / 255, targets, part))])
+    return rows
+
+
+def show(r2: float) -> str:
+    return "constant" if np.isnan(r2) else f"{r2:.2f}"
+
+
+def attention_on_truth(agents: dict, settings: Args) -> list[list[str]]:
+    """Rows of the table: run, distractors, then each layer's preference for the true entries."""
+    rows = [["run", "true entries", "distractors", "layer 1", "layer 2", "layer 3"]]
+    for run, (script, args, leader, follower) in agents.items():
+        if not args.distractors:
+            fail(f"{run} was trained without --distractors; there is nothing to ignore")
+        envs = script.make_envs(args)
+        torch.manual_seed(settings.seed)
+        obs, _ = envs.reset(seed=script.env_seeds(settings.seed, 2, num_envs=1))
+        seen = []
+        for _ in range(settings.steps):
+            with torch.inference_mode():
+                tensor = torch.from_numpy(obs)
+                seen.append(tensor)
+                obs = envs.step(script.action_distribution(follower(leader(tensor))[0]).sample().numpy())[0]
+        envs.close()
+        received = [
+            layer.mean(0) for layer in leader.attention_received(torch.cat(seen[:: settings.every]))
+        ]  # 1: average
+        true = len(received[0]) - args.distractors if received else 0
+        cells = [f"{layer[:true].mean():.2f}" for layer in received] or ["no attention"]
+        rows.append([str(run), str(true or "?"), str(args.distractors), *cells])
+    return rows
+
+
+def main(settings: Args) -> None:
+    agents = {run: load(run) for run in settings.runs}
+    atari = {"atari" in script.__name__ for script, *_ in agents.values()}
+    if len(atari) > 1:
+        fail("some runs are on Atari, some on vectors; probe one kind at a time")
+    if atari == {True} and settings.games * len(agents) < 5:
+        fail("fewer than 5 games in all: none would be left to score the probe on; raise --games")
+    rows = (probe_states if atari == {True} else attention_on_truth)(agents, settings)
+    rows.insert(1, ["-"] * len(rows[0]))
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
