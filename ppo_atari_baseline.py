@@ -624,7 +624,7 @@ def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tenso
 
 
 def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
-    minibatch = Batch(*(tensor.index_select(0, indices) for tensor in batch))
+    minibatch = Batch(*(tensor[indices] for tensor in batch))
     if args.norm_adv == "minibatch":
         minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
     return minibatch
