@@ -186,7 +186,7 @@ class Args:
     leader_value_coef: float = 0.0
     """weight of the squared value error in the leader's loss (Algorithm 1: none)"""
     attention: Literal["gated", "figure4", "none"] = "gated"
-    """x + γ·attention(f(x)) with a ReLU in f; attention(f(x)) as drawn in Figure 4; or each entry left to itself"""
+    """x + γ·attention(f(x)), f with a ReLU; attention(f(x)), f without, as in Figure 4; or each entry left to itself"""
     feature_scale: float = 0.25
     """factor on the features that the follower sees: how far one of Adam's steps moves the policy"""
     update: Literal["stackelberg", "simultaneous", "separate", "stopped", "joint"] = "stackelberg"
@@ -720,28 +720,31 @@ class TiledAttention(torch.autograd.Function):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over n tokens (Figure 4): (B, n, C) -> (B, n, C)."""
+    """Self-attention over what is seen of n tokens (Figure 4), added to them: twice (B, n, C) -> (B, n, C)."""
 
     def __init__(self, channels: int, gated: bool, attends: bool = True):
         super().__init__()
         self.widths = [channels // 4, channels // 4, channels] if attends else [0, 0, channels]
         self.project = nn.Linear(channels, sum(self.widths))  # the three 1x1 convolutions at once
-        # DEVIATION: row 4, γ·attention for attention alone, which averages the map away
+        # DEVIATION: row 4, x + γ·attention for attention alone, which averages the map away
         self.gate = nn.Parameter(torch.zeros(())) if gated else None
         self.attends = attends
 
-    def forward(self, x: torch.Tensor, num_rows: int | None = None):
+    def forward(self, x: torch.Tensor, seen: torch.Tensor, num_rows: int | None = None):
         """Also returns the weights of all query rows (`num_rows` 0), of so many drawn at random, or None."""
-        n = x.shape[1]
-        query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/4), (B, n, C/4), (B, n, C)
-        if not self.attends:  # to others: each entry is left to itself
-            return value, None
+        n = seen.shape[1]
+        query, key, value = self.project(seen).split(self.widths, dim=-1)  # (B, n, C/4), (B, n, C/4), (B, n, C)
         rows = None
-        if num_rows is not None:
+        if self.attends and num_rows is not None:
             drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]] if 0 < num_rows < n else query
             rows = attention_rows(drawn, key)  # (B, r, n)
-        attended = torch.bmm(rows, value) if rows is not None and drawn is query else attend(query, key, value)
-        return attended, rows
+        if not self.attends:  # to others: each entry is left to itself
+            attended = value
+        elif rows is not None and drawn is query:
+            attended = torch.bmm(rows, value)
+        else:
+            attended = attend(query, key, value)
+        return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
 
 
 class Leader(nn.Module):
@@ -756,8 +759,9 @@ class Leader(nn.Module):
         super().__init__()
         num_entries, channels = observation_space.shape[-1], 16
         self.normaliser = Normaliser(num_entries, args)
-        self.scale = nn.Parameter(torch.randn(num_entries, channels))  # an entry x becomes the token x·scale + bias
-        self.bias = nn.Parameter(torch.zeros(num_entries, channels))
+        # An entry becomes the token entry · scale + bias.
+        self.token_scale = nn.Parameter(torch.randn(num_entries, channels))
+        self.token_bias = nn.Parameter(torch.zeros(num_entries, channels))
         self.linears = nn.ModuleList(init_layer(nn.Linear(channels, channels)) for _ in range(3))
         self.norms = nn.ModuleList(nn.LayerNorm((num_entries, channels)) for _ in range(3))
         self.blocks = nn.ModuleList(
@@ -769,11 +773,10 @@ class Leader(nn.Module):
         self.args = args
 
     def forward(self, obs: torch.Tensor, num_rows: int | None = None):
-        x = torch.addcmul(self.bias, self.normaliser(obs).unsqueeze(-1), self.scale)  # (B, n, C)
+        x = torch.addcmul(self.token_bias, self.normaliser(obs).unsqueeze(-1), self.token_scale)  # (B, n, C)
         attention = []
         for linear, norm, block in zip(self.linears, self.norms, self.blocks):
-            attended, rows = block(self.activation(norm(linear(x))), num_rows)  # (B, n, C)
-            x = attended if block.gate is None else torch.addcmul(x, block.gate, attended)
+            x, rows = block(x, self.activation(norm(linear(x))), num_rows)  # (B, n, C)
             attention += [rows] if block.attends else []
         # Scaled down (docs/paper.md, row 11): hundreds of features of unit scale make each of Adam's steps a leap.
         features = self.args.feature_scale * x.flatten(1)  # (B, n·C)

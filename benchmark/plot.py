@@ -6,8 +6,8 @@
 Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<matrices>/<matrix>.toml` the question and
 the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png`, and in the documents all that
 stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison", "runs", or what
-speed.py or scale.py left in `<results>/NAME.md` (with "summary", the first table of it). `<results>/scale.png` is drawn
-from scale.csv.
+speed.py or scale.py measured, `<results>/NAME.csv`, under the first line of NAME.md (with "summary", the first table of
+it). `<results>/scale.png` is drawn from scale.csv.
 
 The same for every matrix:
 
@@ -36,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import scale
+import speed
 import tyro
 from collect import fail
 from matplotlib.figure import Figure
@@ -572,11 +573,14 @@ def main(args: Args) -> None:
             tables[f"{name} comparison"] = comparison_table(matrix, runs)
             figures[args.results / f"{name}.png"] = draw(matrix, runs, args.results)
     tables["runs"] = runs_table(matrices, results)
-    for path in sorted(args.results.glob("*.md")):  # speed.py's and scale.py's
-        tables[path.stem] = path.read_text().strip()
+    for path in sorted([*args.results.glob("speed*.csv"), *args.results.glob("scale*.csv")]):
+        measured = speed if path.stem.startswith("speed") else scale
+        rows = measured.read(path)
+        head = path.with_suffix(".md").read_text().splitlines()[0]  # command, machine and versions
+        tables[path.stem] = measured.report(rows, head).strip()
         tables[f"{path.stem} summary"] = "\n\n".join(tables[path.stem].split("\n\n")[:2])  # its head and first table
-    if (args.results / "scale.csv").exists():
-        figures[args.results / "scale.png"] = scale.draw(scale.read(args.results / "scale.csv"))
+        if measured is scale:
+            figures[path.with_suffix(".png")] = scale.draw(rows)
     texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written
     if args.check:
         stale = [path for path, text in texts.items() if path.read_text() != text]

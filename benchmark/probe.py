@@ -13,9 +13,6 @@ Runs on vectors trained with `--distractors k`: the share of each layer's attent
 over the share of a uniform map; mean over all entries that pay. 1 is no preference, (n + k) / n all of it on the n.
 """
 
-import dataclasses
-import importlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +27,10 @@ import tyro
 from collect import fail
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
-from watch import SCRIPTS
+from watch import load_run
 
-MEMORY = {"beam_rider": {"own position": 41, "enemies left in the sector": 84}}  # addresses; found by acting on them
+# Addresses: the one moves with LEFT and RIGHT, the other falls from 15 by 1 with each enemy shot.
+MEMORY = {"beam_rider": {"own position": 41, "enemies left in the sector": 84}}
 PENALTIES = 10.0 ** np.arange(-2, 6)
 
 
@@ -50,35 +48,27 @@ class Args:
     """seed of the games and actions"""
 
 
-def load(run: Path):
-    """(script, its arguments, leader, follower) of a saved run."""
-    try:
-        name = json.loads((run / "args.json").read_text())["script"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{run} is not the folder of a run: {error}")
-    if name not in SCRIPTS:
-        fail(f"{run} is a run of {name}; {', '.join(SCRIPTS)} can be probed")
-    script = importlib.import_module(Path(name).stem)
-    args = dataclasses.replace(script.read_args(run), num_envs=1)
-    envs = script.make_envs(args)
-    leader = script.Leader(envs.single_observation_space, args)
-    follower = script.Follower(leader.num_features, envs.single_action_space)
-    script.load_agent(run, leader, follower)
-    envs.close()
-    return script, args, leader, follower
+class FireReset(gym.Wrapper):
+    """Presses FIRE for one frame to start the game, as AtariVectorEnv does."""
+
+    def reset(self, **options):
+        self.env.reset(**options)
+        obs, *_, info = self.env.step(self.env.unwrapped.get_action_meanings().index("FIRE"))
+        return obs, info
 
 
 def make_game(script, args) -> gym.Env:
-    """One game that shows its emulator, seen as the scripts' vector environment shows it."""
+    """One game that shows its emulator, seen as in the scripts' vector environment; without no-ops at its start."""
     import ale_py
 
     gym.register_envs(ale_py)
     protocol = script.env_protocol(args)
     sticky, actions = protocol["repeat_action_probability"], protocol["full_action_space"]
-    name = "".join(part.capitalize() for part in protocol["game"].split("_"))
-    game = gym.make(f"ALE/{name}-v5", frameskip=1, repeat_action_probability=sticky, full_action_space=actions)
-    game = AtariPreprocessing(game, noop_max=protocol["noop_max"], frame_skip=protocol["frame_skip"])
-    return FrameStackObservation(game, 4)
+    game = gym.make(protocol["env_id"], frameskip=1, repeat_action_probability=sticky, full_action_space=actions)
+    if "FIRE" in game.unwrapped.get_action_meanings():
+        game = FireReset(game)
+    game = AtariPreprocessing(game, noop_max=0, frame_skip=protocol["frame_skip"])
+    return FrameStackObservation(game, 4, padding_type="zero")
 
 
 def play(script, args, leader, follower, settings: Args, seed: int) -> tuple[np.ndarray, list[dict[str, float]]]:
@@ -88,7 +78,6 @@ def play(script, args, leader, follower, settings: Args, seed: int) -> tuple[np.
     torch.manual_seed(seed)
     obs, _ = game.reset(seed=seed)
     seen, states = [], []
-    meanings = game.unwrapped.get_action_meanings()
     for step in range(settings.steps):
         if step % settings.every == 0:
             seen.append(obs)
@@ -96,8 +85,6 @@ def play(script, args, leader, follower, settings: Args, seed: int) -> tuple[np.
             states.append({"lives": ale.lives()} | {name: int(ram[address]) for name, address in memory.items()})
         with torch.inference_mode():
             action = script.action_distribution(follower(leader(torch.from_numpy(obs)[None]))[0]).sample().item()
-        if step == 0 and "FIRE" in meanings:
-            action = meanings.index("FIRE")
         obs, _, terminated, truncated, _ = game.step(action)
         if terminated or truncated:
             break
@@ -145,8 +132,6 @@ def probe_states(agents: dict, settings: Args) -> list[list[str]]:
             states += state
             games.append(len(obs))
     names = list(states[0])
-    if any(list(state) != names for state in states):
-        fail("the runs play games of different states; probe one game at a time")
     targets = np.array([list(state.values()) for state in states], dtype=np.float64)
     parts = np.array([(0, 1, 0, 2, 0)[i % 5] for i in range(len(games))])
     part, obs = np.repeat(parts, games), np.concatenate(observations)
@@ -185,20 +170,41 @@ def attention_on_truth(agents: dict, settings: Args) -> list[list[str]]:
         received = [
             layer.mean(0) for layer in leader.attention_received(torch.cat(seen[:: settings.every]))
         ]  # 1: average
-        true = len(received[0]) - args.distractors if received else 0
-        cells = [f"{layer[:true].mean():.2f}" for layer in received] or ["no attention"]
-        rows.append([str(run), str(true or "?"), str(args.distractors), *cells])
+        true = obs.shape[-1] - args.distractors
+        cells = [f"{layer[:true].mean():.2f}" for layer in received] or ["no attention"] * 3
+        rows.append([str(run), str(true), str(args.distractors), *cells])
     return rows
 
 
+def check(settings: Args) -> None:
+    """Ends with a one-line error before anything is loaded."""
+    if not settings.runs:
+        fail("no run is given: python benchmark/probe.py RUN_DIR ...")
+    for name in ("games", "steps", "every"):
+        if getattr(settings, name) < 1:
+            fail(f"--{name} {getattr(settings, name)} is less than 1")
+    if settings.seed < 0:
+        fail(f"--seed {settings.seed} is negative")
+
+
 def main(settings: Args) -> None:
-    agents = {run: load(run) for run in settings.runs}
-    atari = {"atari" in script.__name__ for script, *_ in agents.values()}
-    if len(atari) > 1:
+    check(settings)
+    agents = {}
+    for run in settings.runs:
+        script, args, leader, follower, envs = load_run(run)
+        envs.close()
+        agents[run] = script, args, leader, follower
+    atari = ["atari" in script.__name__ for script, *_ in agents.values()]
+    if len(set(atari)) > 1:
         fail("some runs are on Atari, some on vectors; probe one kind at a time")
-    if atari == {True} and settings.games * len(agents) < 5:
-        fail("fewer than 5 games in all: none would be left to score the probe on; raise --games")
-    rows = (probe_states if atari == {True} else attention_on_truth)(agents, settings)
+    if all(atari):
+        if settings.games * len(agents) < 5:
+            fail("fewer than 5 games in all: none would be left to score the probe on; raise --games")
+        if len({(args.env_id, args.observation_noise, args.distractors) for _, args, *_ in agents.values()}) > 1:
+            fail("the runs differ in --env-id, --observation-noise or --distractors; probe one kind at a time")
+        if any(args.observation_noise or args.distractors for _, args, *_ in agents.values()):
+            fail("runs with --observation-noise or --distractors on Atari cannot be probed: the games here are clean")
+    rows = (probe_states if all(atari) else attention_on_truth)(agents, settings)
     rows.insert(1, ["-"] * len(rows[0]))
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 

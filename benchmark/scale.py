@@ -8,17 +8,19 @@ them; of the rounds the median counts. What is measured:
 
 - environments: `collect_rollout` over 32 steps of so many games (HalfCheetah, BeamRider), emulator included
 - minibatch, and entries or resolution: one gradient step (SPRIG: leader and follower) on random observations
-- processes: the whole training under `torchrun`, one thread each, 1,024 (Atari) or 8,192 agent steps
+- processes: training under `torchrun`, one thread each, 8 games: the time of 1000 agent steps
 
-The growth is the exponent p of time ~ size^p, by least squares through the logarithms of all points; beside it the same
-for the floating-point operations, which no step's time should outgrow. Memory is what the process holds at its peak
-beyond what it held before the first step (Linux only); under torchrun that of the largest process, whole.
+The growth is the exponent p of time ~ size^p, by least squares through the logarithms of all points, and once more
+between the last two, where what does not grow weighs least; beside it the same for the floating-point operations, which
+no step's time should outgrow. Memory is the process's peak beyond what it held once the script was imported, some
+90 MiB of it PyTorch's own (Linux only); under torchrun that of the largest process, whole; on a GPU the GPU's.
 """
 
 import csv
 import dataclasses
 import importlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -36,12 +38,9 @@ import numpy as np
 import tyro
 from collect import fail
 from gradient_cost import resident
-from speed import cpu_model
+from speed import TWINS, cpu_model
 
-SCRIPTS = {
-    "atari": {"PPO": "ppo_atari_baseline", "SPRIG": "sprig_atari"},
-    "continuous": {"PPO": "ppo_continuous_baseline", "SPRIG": "sprig_continuous"},
-}
+SCRIPTS = {family: dict(zip(("PPO", "SPRIG"), (Path(name).stem for name in twins))) for family, twins in TWINS.items()}
 SWEEPS = {
     "atari": {
         "environments": (1, 4, 16, 64, 256),
@@ -59,6 +58,7 @@ SWEEPS = {
 ROLLOUT = 32  # steps
 COLUMNS = ("family", "script", "sweep", "size", "round", "seconds", "megaflop", "peak memory, MiB")
 COLOURS = {"PPO": "#0072b2", "SPRIG": "#d55e00"}
+UNITS = {"environments": "a rollout of 32 steps", "processes": "1000 agent steps"}  # whose time it is
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Args:
     """CPU threads of the networks and the emulator; under torchrun each process has one"""
     device: str = "cpu"
     """where the networks are: cpu or cuda"""
-    output: Path = Path("benchmark/results/scale.csv")
-    """the data; the table beside it"""
+    output: Path | None = None
+    """the data; the table beside it (default: benchmark/results/scale[_cuda].csv)"""
     point: tuple[str, str, str, int] | None = None
     """measure this one (family, script, sweep, size) in this process and print it"""
 
@@ -175,13 +175,18 @@ def torchrun(family: str, name: str, processes: int, args: Args) -> dict:
     return {"seconds": seconds, "megaflop": float("nan"), "peak memory, MiB": memory}
 
 
-def measure(args: Args) -> list[dict]:
+def measure(args: Args, writer) -> list[dict]:
+    """All points, each written as it comes."""
+    import torch
+
+    most = torch.cuda.device_count() if args.device != "cpu" else math.inf  # processes
     points = [
         (family, name, sweep, size)
         for family, sweeps in SWEEPS.items()
         for sweep, sizes in sweeps.items()
         for size in sizes
         for name in SCRIPTS[family]
+        if sweep != "processes" or size <= most
     ]
     rows = []
     for number in range(1, args.rounds + 1):
@@ -192,6 +197,7 @@ def measure(args: Args) -> list[dict]:
                 fail(f"{point} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
             measured = json.loads(done.stdout.splitlines()[-1])
             rows.append(dict(zip(COLUMNS, (*point, number, *measured.values()))))
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in rows[-1].items()})
             print(*point, f"{1000 * measured['seconds']:.2f} ms", file=sys.stderr)
     return rows
 
@@ -209,9 +215,12 @@ def medians(rows: list[dict]) -> dict:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of an earlier measurement."""
+    """The rows of an earlier measurement. Ends with a one-line error if the file does not hold any."""
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if not rows or set(rows[0]) != set(COLUMNS):
+        fail(f"{path} has not the columns {', '.join(COLUMNS)}; measure again: python benchmark/scale.py")
+    return rows
 
 
 def growth(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float]:
@@ -222,12 +231,18 @@ def growth(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
 def report(rows: list[dict], heading: str) -> str:
     """The table: the ends of each sweep, and the growth between them."""
-    columns = ("", "", "sizes", "ms", "time ~ size to the", "operations ~ size to the", "peak memory, MiB")
+    columns = ["", "", "sizes", "ms", "time ~ size to the (at the end)", "operations (at the end)", "peak memory, MiB"]
     lines = [heading, "", f"| {' | '.join(columns)} |", "|-" * len(columns) + "|"]
     for (family, sweep, name), (sizes, seconds, megaflop, memory) in medians(rows).items():
-        cells = [f"{family}, {sweep}", name, f"{sizes[0]:.0f} to {sizes[-1]:.0f}"]
-        cells += [f"{1000 * seconds[0]:.3g} to {1000 * seconds[-1]:.3g}", f"{growth(sizes, seconds)[0]:.2f}"]
-        cells += [f"{growth(sizes, megaflop)[0]:.2f}" if np.isfinite(megaflop).all() else ""]
+        cells = [
+            f"{family}: {sweep}, {UNITS.get(sweep, 'a gradient step')}",
+            name,
+            f"{sizes[0]:.0f} to {sizes[-1]:.0f}",
+        ]
+        cells += [f"{1000 * seconds[0]:,.3g} to {1000 * seconds[-1]:,.3g}"]
+        for values in (seconds, megaflop):
+            few = len(sizes) < 3 or not np.isfinite(values).all()
+            cells += ["" if few else f"{growth(sizes, values)[0]:.2f} ({growth(sizes[-2:], values[-2:])[0]:.2f})"]
         cells += [f"{memory[0]:.0f} to {memory[-1]:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -244,13 +259,15 @@ def draw(rows: list[dict]):
     for (family, sweep, name), (sizes, seconds, _, memory) in table.items():
         i, column = 2 * (family == "continuous"), list(SWEEPS[family]).index(sweep)
         above, below = panels[i, column], panels[i + 1, column]
-        exponent, factor = growth(sizes, seconds)
-        above.plot(sizes, 1000 * seconds, "o", color=COLOURS[name], label=f"{name}, ~ size^{exponent:.2f}")
-        above.plot(sizes, 1000 * factor * sizes**exponent, color=COLOURS[name], linewidth=1)
+        if len(sizes) > 2:
+            exponent, factor = growth(sizes, seconds)
+            above.plot(sizes, 1000 * seconds, "o", color=COLOURS[name], label=f"{name}, ~ size^{exponent:.2f}")
+            above.plot(sizes, 1000 * factor * sizes**exponent, color=COLOURS[name], linewidth=1)
+        else:
+            above.plot(sizes, 1000 * seconds, "o-", color=COLOURS[name], label=name, linewidth=1)
         below.plot(sizes, memory, "o-", color=COLOURS[name], label=name, linewidth=1)
         above.set_title(f"{family}: {sweep}", fontsize=9)
-        units = {"environments": "ms per rollout of 32 steps", "processes": "ms per 1000 agent steps"}
-        above.set_ylabel(units.get(sweep, "ms per gradient step"), fontsize=8)
+        above.set_ylabel(f"ms: {UNITS.get(sweep, 'a gradient step')}", fontsize=8)
         below.set_ylabel("peak memory, MiB", fontsize=8)
         for axis in (above, below):
             axis.set_xscale("log")
@@ -267,24 +284,44 @@ def draw(rows: list[dict]):
     return figure
 
 
+def check(args: Args) -> None:
+    """Ends with a one-line error before anything is measured or written."""
+    import torch
+
+    for name in ("rounds", "threads"):
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)} is less than 1")
+    if args.device not in ("cpu", "cuda"):
+        fail(f"--device {args.device} is neither cpu nor cuda")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no GPU here")
+    if args.point:
+        family, name, sweep, size = args.point
+        if family not in SWEEPS or name not in SCRIPTS[family] or sweep not in SWEEPS[family] or size < 1:
+            fail(f"--point {' '.join(map(str, args.point))} is not a family, PPO or SPRIG, a sweep and a size")
+
+
 def main(args: Args) -> None:
+    check(args)
     if args.point:
         print(json.dumps(measure_point(args)))
         return
     import torch
 
-    rows = measure(args)
+    output = args.output or Path(f"benchmark/results/scale{'' if args.device == 'cpu' else '_cuda'}.csv")
     heading = (
         f"`python benchmark/scale.py --rounds {args.rounds} --threads {args.threads} --device {args.device}` on "
         f"{cpu_model()}, Python {platform.python_version()}, torch {torch.__version__}."
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, "w", newline="") as file:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_suffix(".part")  # an earlier measurement stays until this one is whole
+    with open(unfinished, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    text = report(rows, heading)
-    args.output.with_suffix(".md").write_text(text)
+        measure(args, writer)
+    unfinished.replace(output)
+    text = report(read(output), heading)
+    output.with_suffix(".md").write_text(text)
     print(text, end="")
 
 

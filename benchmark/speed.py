@@ -56,6 +56,7 @@ SETTINGS = {
     },
 }
 OPERATIONS = 10  # shown of a profile
+COLUMNS = ("contestant", "round", "quantity", "value")
 PHASES = ("emulator", "inference", "leader", "follower", "joint step", "logging", "other")
 
 
@@ -297,30 +298,40 @@ def main(args: Args) -> None:
     suffix += ("" if args.settings == "default" else f"_{args.settings}") + ("" if args.device == "cpu" else "_cuda")
     output = args.output or Path(f"benchmark/results/speed{suffix}.md")
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = report(rounds, clocked, args)
-    output.write_text(text)
     with open(output.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["contestant", "round", "quantity", "value"])
+        writer.writerow(COLUMNS)
         for number, measured in [*enumerate(rounds, start=1), ("clocked", clocked)]:
             for name, quantities in measured.items():
                 writer.writerows([name, number, quantity, f"{value:.6g}"] for quantity, value in quantities.items())
+    packages = ("torch", "ale-py" if atari else "mujoco", "gymnasium", "stable-baselines3")
+    command = f"python benchmark/speed.py --family {args.family} --settings {args.settings} --rounds {args.rounds}"
+    command += f" --steps {args.steps} --threads {args.threads} --device {args.device}"
+    heading = f"`{command}` on {machine(args.device)}, Python {platform.python_version()}, "
+    heading += f"{', '.join(f'{name} {version(name)}' for name in packages)}."
+    text = report(read(output.with_suffix(".csv")), heading)
+    output.write_text(text)
     print(text, end="")
 
 
-def report(rounds: list[dict], clocked: dict, args: Args) -> str:
+def read(path: Path) -> list[dict]:
+    """The rows of an earlier measurement. Ends with a one-line error if the file does not hold any."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or set(rows[0]) != set(COLUMNS):
+        raise SystemExit(f"error: {path} has not the columns {', '.join(COLUMNS)}; measure again with speed.py")
+    return rows
+
+
+def report(rows: list[dict], heading: str) -> str:
     """The table: medians over rounds with their range, then what the clock told."""
-    _, ppo, sprig = contestants = (REFERENCE, *TWINS[args.family])
-    packages = ("torch", "ale-py" if args.family == "atari" else "mujoco", "gymnasium", "stable-baselines3")
-    command = f"python benchmark/speed.py --family {args.family} --settings {args.settings} --rounds {args.rounds}"
-    command += f" --steps {args.steps} --threads {args.threads} --device {args.device}"
-    lines = [
-        f"`{command}` on {machine(args.device)}, Python {platform.python_version()}, "
-        f"{', '.join(f'{name} {version(name)}' for name in packages)}.",
-        "",
-        f"| | median of {args.rounds} | lowest | highest |",
-        "|-|-|-|-|",
-    ]
+    measured = {}  # round -> contestant -> quantity -> value
+    for row in rows:
+        measured.setdefault(row["round"], {}).setdefault(row["contestant"], {})[row["quantity"]] = float(row["value"])
+    clocked = measured.pop("clocked")
+    rounds = list(measured.values())
+    _, ppo, sprig = contestants = list(rounds[0])
+    lines = [heading, "", f"| | median of {len(rounds)} | lowest | highest |", "|-|-|-|-|"]
 
     def row(title: str, values: list[float], form: str) -> str:
         return f"| {title} | " + " | ".join(f"{f(values):{form}}" for f in (statistics.median, min, max)) + " |"

@@ -358,7 +358,7 @@ def test_joint_update_is_bit_identical_to_the_baselines():
         script.update(*players, *optimizers, script.Batch(*columns), args)
         results.append([p for player in players for p in player.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results))
-    assert not torch.equal(results[0][0], leader.scale), "nothing was trained"
+    assert not torch.equal(results[0][0], leader.token_scale), "nothing was trained"
 
 
 def test_stages_move_one_player_each():
