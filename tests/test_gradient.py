@@ -482,7 +482,7 @@ def test_cartpole_is_solved_with_the_total_derivative(method, tmp_path):
     args = script.Args(
         env_id="CartPole-v1", total_timesteps=32_768, num_envs=4, num_steps=256, minibatch_size=128,
         learning_rate=1e-3, target_kl=None, threads=1, eval_episodes=10, run_dir=str(tmp_path / "run"),
-        leader_gradient=method, feature_scale=1,
+        leader_gradient=method,
     )  # fmt: skip
     evaluation = script.main(args)
     logged = scalars(tmp_path / "run")
