@@ -575,7 +575,7 @@ def main(args: Args) -> None:
     tables["runs"] = runs_table(matrices, results)
     for path in sorted([*args.results.glob("speed*.csv"), *args.results.glob("scale*.csv")]):
         measured = speed if path.stem.startswith("speed") else scale
-        rows = measured.read(path)
+        rows = speed.read(path, measured.COLUMNS)
         head = path.with_suffix(".md").read_text().splitlines()[0]  # command, machine and versions
         tables[path.stem] = measured.report(rows, head).strip()
         tables[f"{path.stem} summary"] = "\n\n".join(tables[path.stem].split("\n\n")[:2])  # its head and first table

@@ -24,7 +24,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ import numpy as np
 import tyro
 from collect import fail
 from gradient_cost import resident
-from speed import TWINS, cpu_model
+from speed import TWINS, cpu_model, output_of, read
 
 SCRIPTS = {family: dict(zip(("PPO", "SPRIG"), (Path(name).stem for name in twins))) for family, twins in TWINS.items()}
 SWEEPS = {
@@ -165,9 +164,7 @@ def torchrun(family: str, name: str, processes: int, args: Args) -> dict:
         command += [f"{ROOT / SCRIPTS[family][name]}.py", "--run-dir", f"{folder}/run", "--eval-episodes", "0"]
         command += ["--total-timesteps", str(steps), "--num-envs", "8", "--num-steps", "64", "--threads", "1"]
         command += ["--device", args.device]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            fail(f"{' '.join(command)} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        output_of(command, " ".join(command), env=os.environ | {"OMP_NUM_THREADS": "1"})
         events = EventAccumulator(f"{folder}/run")
         events.Reload()
         seconds = 1000 / events.Scalars("charts/SPS")[-1].value
@@ -175,7 +172,7 @@ def torchrun(family: str, name: str, processes: int, args: Args) -> dict:
     return {"seconds": seconds, "megaflop": float("nan"), "peak memory, MiB": memory}
 
 
-def measure(args: Args, writer) -> list[dict]:
+def measure(args: Args, writer) -> None:
     """All points, each written as it comes."""
     import torch
 
@@ -188,18 +185,12 @@ def measure(args: Args, writer) -> list[dict]:
         for name in SCRIPTS[family]
         if sweep != "processes" or size <= most
     ]
-    rows = []
     for number in range(1, args.rounds + 1):
         for point in points:
             command = [sys.executable, __file__, "--threads", str(args.threads), "--device", args.device, "--point"]
-            done = subprocess.run([*command, *map(str, point)], capture_output=True, text=True)
-            if done.returncode:
-                fail(f"{point} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-            measured = json.loads(done.stdout.splitlines()[-1])
-            rows.append(dict(zip(COLUMNS, (*point, number, *measured.values()))))
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in rows[-1].items()})
+            measured = json.loads(output_of([*command, *map(str, point)], str(point)).splitlines()[-1])
+            writer.writerow([*point, number, *(f"{value:.5g}" for value in measured.values())])
             print(*point, f"{1000 * measured['seconds']:.2f} ms", file=sys.stderr)
-    return rows
 
 
 def medians(rows: list[dict]) -> dict:
@@ -212,15 +203,6 @@ def medians(rows: list[dict]) -> dict:
         key: np.array([[size, *np.median(values, axis=0)] for size, values in sorted(series.items())]).T
         for key, series in table.items()
     }
-
-
-def read(path: Path) -> list[dict]:
-    """The rows of an earlier measurement. Ends with a one-line error if the file does not hold any."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or set(rows[0]) != set(COLUMNS):
-        fail(f"{path} has not the columns {', '.join(COLUMNS)}; measure again: python benchmark/scale.py")
-    return rows
 
 
 def growth(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float]:
@@ -316,11 +298,11 @@ def main(args: Args) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_suffix(".part")  # an earlier measurement stays until this one is whole
     with open(unfinished, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
         measure(args, writer)
     unfinished.replace(output)
-    text = report(read(output), heading)
+    text = report(read(output, COLUMNS), heading)
     output.with_suffix(".md").write_text(text)
     print(text, end="")
 

@@ -272,10 +272,15 @@ def measure(name: str, args: Args, clock: bool = False) -> dict:
     command = [sys.executable, __file__, "--family", args.family, "--settings", args.settings, "--device", args.device]
     command += ["--contestant", name, "--steps", str(args.steps), "--threads", str(args.threads)]
     command += ["--clock"] if clock else []
-    process = subprocess.run(command, capture_output=True, text=True)
+    return json.loads(output_of(command, name).splitlines()[-1])
+
+
+def output_of(command: list[str], name: str, **options) -> str:
+    """What a process prints. Ends with one line, the last of its errors, if it fails."""
+    process = subprocess.run(command, capture_output=True, text=True, **options)
     if process.returncode:
         raise SystemExit(f"error: {name} failed: {(process.stderr.strip() or 'no message').splitlines()[-1]}")
-    return json.loads(process.stdout.splitlines()[-1])
+    return process.stdout
 
 
 def main(args: Args) -> None:
@@ -314,12 +319,12 @@ def main(args: Args) -> None:
     print(text, end="")
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[dict]:
     """The rows of an earlier measurement. Ends with a one-line error if the file does not hold any."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows or set(rows[0]) != set(COLUMNS):
-        raise SystemExit(f"error: {path} has not the columns {', '.join(COLUMNS)}; measure again with speed.py")
+    if not rows or set(rows[0]) != set(columns):
+        raise SystemExit(f"error: {path} has not the columns {', '.join(columns)}; measure again")
     return rows
 
 
