@@ -640,6 +640,11 @@ class Leader(nn.Module):
         features = self.feature_scale * x.flatten(1)  # (B, 3136)
         return features if num_rows is None else (features, attention)
 
+    def gates(self) -> dict[str, torch.Tensor]:
+        """γ of each layer's attention, by the name under which it is logged."""
+        gates = {f"gate_{k}": block.gate for k, block in enumerate(self.blocks, start=1) if block}
+        return {name: gate for name, gate in gates.items() if gate is not None}
+
     @torch.no_grad()
     def attention_received(self, obs: torch.Tensor) -> list[torch.Tensor]:
         """Attention that each location receives over that of a uniform map, K tensors (B, n_k): 1 is average."""
@@ -1185,12 +1190,10 @@ def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimi
 
 @torch.no_grad()
 def attention_info(leader: Leader, obs: torch.Tensor) -> dict[str, float]:
-    """Normalised entropy and residual gate of each layer, on one minibatch after the update."""
-    info = {}
-    for k, (block, rows) in enumerate(zip(leader.blocks, leader(obs, num_rows=24)[1]), start=1):
+    """The gates, and the normalised entropy of each layer's attention on one minibatch, after the update."""
+    info = {f"leader/{name}": gate.item() for name, gate in leader.gates().items()}
+    for k, rows in enumerate(leader(obs, num_rows=24)[1], start=1):
         info[f"leader/attention_entropy_{k}"] = perception_cost([rows], "entropy").mean().item()
-        if block.gate is not None:
-            info[f"leader/gate_{k}"] = block.gate.item()
     return info
 
 

@@ -189,7 +189,7 @@ class Args:
     leader_value_coef: float = 0.0
     """weight of the squared value error in the leader's loss (Algorithm 1: none)"""
     attention: Literal["gated", "figure4", "none"] = "gated"
-    """x + γ·attention(f(x)), f with a ReLU; attention(f(x)), f without, as in Figure 4; or each entry left to itself"""
+    """ReLU and x + γ·attention(x); attention(x) alone as drawn in Figure 4; or no attention"""
     feature_scale: float = 0.25
     """factor on the features that the follower sees: how far one of Adam's steps moves the policy"""
     update: Literal["stackelberg", "simultaneous", "separate", "stopped", "joint"] = "stackelberg"
@@ -723,37 +723,31 @@ class TiledAttention(torch.autograd.Function):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over what is seen of n tokens (Figure 4), added to them: twice (B, n, C) -> (B, n, C)."""
+    """Self-attention over n tokens (Figure 4): (B, n, C) -> (B, n, C)."""
 
-    def __init__(self, channels: int, gated: bool, attends: bool = True):
+    def __init__(self, channels: int, gated: bool):
         super().__init__()
-        self.widths = [channels // 4, channels // 4, channels] if attends else [0, 0, channels]
+        self.widths = [channels // 4, channels // 4, channels]
         self.project = nn.Linear(channels, sum(self.widths))  # the three 1x1 convolutions at once
-        # DEVIATION: row 4, x + γ·attention for attention alone, which averages the map away
+        # DEVIATION: row 4, x + γ·attention(x) for attention(x), which averages the map away
         self.gate = nn.Parameter(torch.zeros(())) if gated else None
-        self.attends = attends
 
-    def forward(self, x: torch.Tensor, seen: torch.Tensor, num_rows: int | None = None):
+    def forward(self, x: torch.Tensor, num_rows: int | None = None):
         """Also returns the weights of all query rows (`num_rows` 0), of so many drawn at random, or None."""
-        n = seen.shape[1]
-        query, key, value = self.project(seen).split(self.widths, dim=-1)  # (B, n, C/4), (B, n, C/4), (B, n, C)
+        n = x.shape[1]
+        query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/4), (B, n, C/4), (B, n, C)
         rows = None
-        if self.attends and num_rows is not None:
+        if num_rows is not None:
             drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]] if 0 < num_rows < n else query
             rows = attention_rows(drawn, key)  # (B, r, n)
-        if not self.attends:  # to others: each entry is left to itself
-            attended = value
-        elif rows is not None and drawn is query:
-            attended = torch.bmm(rows, value)
-        else:
-            attended = attend(query, key, value)
+        attended = torch.bmm(rows, value) if rows is not None and drawn is query else attend(query, key, value)
         return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
 
 
 class Leader(nn.Module):
     """Perception, θ: each entry a token, to which three layers add: linear, LayerNorm, attention over the entries.
 
-    At first the gates are 0 and the features linear in the observation, like what PPO's heads see.
+    At first the layers' gates are 0 and the features linear in the observation, like what PPO's heads see.
     obs (B, n) or (B, 2, n) (see Disturbed) -> features (B, n·C). With `num_rows` given, (features, attention):
     a list of K = 3 tensors (B, r, n) (see AttentionBlock).
     """
@@ -768,22 +762,35 @@ class Leader(nn.Module):
         self.linears = nn.ModuleList(init_layer(nn.Linear(channels, channels)) for _ in range(3))
         self.norms = nn.ModuleList(nn.LayerNorm((num_entries, channels)) for _ in range(3))
         self.blocks = nn.ModuleList(
-            AttentionBlock(channels, args.attention != "figure4", attends=args.attention != "none") for _ in range(3)
+            AttentionBlock(channels, gated=args.attention == "gated") if args.attention != "none" else None
+            for _ in range(3)
         )
         # DEVIATION: row 4, ReLU after LayerNorm: without it perception is linear but for attention
         self.activation = nn.Identity() if args.attention == "figure4" else nn.ReLU(inplace=True)
-        self.num_features = num_entries * channels
+        # DEVIATION: row 4, x + g·layer(x) for layer(x): behind random kinks of each entry Walker2d is not learnt
+        gates = [None if args.attention == "figure4" else nn.Parameter(torch.zeros(())) for _ in range(3)]
+        self.layer_gates = nn.ParameterList(gates)
+        self.num_features, self.feature_scale = num_entries * channels, args.feature_scale
         self.args = args
 
     def forward(self, obs: torch.Tensor, num_rows: int | None = None):
         x = torch.addcmul(self.token_bias, self.normaliser(obs).unsqueeze(-1), self.token_scale)  # (B, n, C)
         attention = []
-        for linear, norm, block in zip(self.linears, self.norms, self.blocks):
-            x, rows = block(x, self.activation(norm(linear(x))), num_rows)  # (B, n, C)
-            attention += [rows] if block.attends else []
+        for linear, norm, block, gate in zip(self.linears, self.norms, self.blocks, self.layer_gates):
+            layer = self.activation(norm(linear(x)))  # (B, n, C)
+            if block is not None:
+                layer, rows = block(layer, num_rows)
+                attention.append(rows)
+            x = layer if gate is None else torch.addcmul(x, gate, layer)
         # Scaled down (docs/paper.md, row 11): hundreds of features of unit scale make each of Adam's steps a leap.
-        features = self.args.feature_scale * x.flatten(1)  # (B, n·C)
+        features = self.feature_scale * x.flatten(1)  # (B, n·C)
         return features if num_rows is None else (features, attention)
+
+    def gates(self) -> dict[str, torch.Tensor]:
+        """γ of each layer's attention, and g of each layer, by the names under which they are logged."""
+        gates = {f"gate_{k}": block.gate for k, block in enumerate(self.blocks, start=1) if block}
+        gates |= {f"layer_gate_{k}": gate for k, gate in enumerate(self.layer_gates, start=1)}
+        return {name: gate for name, gate in gates.items() if gate is not None}
 
     @torch.no_grad()
     def attention_received(self, obs: torch.Tensor) -> list[torch.Tensor]:
@@ -1349,12 +1356,10 @@ def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimi
 
 @torch.no_grad()
 def attention_info(leader: Leader, obs: torch.Tensor) -> dict[str, float]:
-    """Normalised entropy and residual gate of each layer, on one minibatch after the update."""
-    info = {}
-    for k, (block, rows) in enumerate(zip(leader.blocks, leader(obs, num_rows=24)[1]), start=1):
+    """The gates, and the normalised entropy of each layer's attention on one minibatch, after the update."""
+    info = {f"leader/{name}": gate.item() for name, gate in leader.gates().items()}
+    for k, rows in enumerate(leader(obs, num_rows=24)[1], start=1):
         info[f"leader/attention_entropy_{k}"] = perception_cost([rows], "entropy").mean().item()
-        if block.gate is not None:
-            info[f"leader/gate_{k}"] = block.gate.item()
     return info
 
 

@@ -274,8 +274,8 @@ def test_permuted_entries_with_permuted_parameters_give_the_same_policy():
     args = script.Args()
     space, actions = gym.spaces.Box(-1, 1, (9,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
     leader = script.Leader(space, args)
-    for block in leader.blocks:
-        block.gate.data.fill_(0.7)
+    for gate in (*leader.layer_gates, *(block.gate for block in leader.blocks)):
+        gate.data.fill_(0.7)
     for norm in leader.norms:
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
@@ -321,8 +321,8 @@ def test_features_start_linear_in_the_observation():
         leader = script.Leader(space, script.Args(attention=attention))
         with torch.no_grad():
             torch.testing.assert_close(leader(obs[0] + 2 * obs[1]), leader(obs[0]) + 2 * leader(obs[1]))
-            for block in leader.blocks:
-                block.gate.data.fill_(0.7)
+            for gate in leader.layer_gates:
+                gate.data.fill_(0.7)
             assert (leader(obs[0] + 2 * obs[1]) - leader(obs[0]) - 2 * leader(obs[1])).abs().max() > 0.01
 
 
@@ -330,8 +330,8 @@ def test_without_attention_an_entry_changes_the_layers_only_through_their_norm()
     script = CONTINUOUS["sprig_continuous"]
     leader = script.Leader(gym.spaces.Box(-1, 1, (9,), np.float32), script.Args(attention="none"))
     leader.norms = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
-    for block in leader.blocks:
-        block.gate.data.fill_(0.7)
+    for gate in leader.layer_gates:
+        gate.data.fill_(0.7)
     obs = torch.randn(5, 9)
     with torch.no_grad():
         change = (leader(obs) - leader(obs.index_fill(1, torch.tensor([4]), 2.0))).view(5, 9, -1).abs().amax((0, 2))
