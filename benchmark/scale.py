@@ -126,6 +126,7 @@ def measure_point(args: Args) -> dict:
     torch.set_num_threads(args.threads)
     script = importlib.import_module(SCRIPTS[family][name])
     settings = script.Args(device=args.device, threads=args.threads)
+    script.set_matmul_precision(settings.matmul_precision)
     before = resident("VmRSS")
     if sweep == "environments":
         work = rollout(script, dataclasses.replace(settings, num_envs=size))

@@ -29,6 +29,7 @@ def script(request):
 
 @pytest.fixture(autouse=True)
 def seeded():
+    torch.set_float32_matmul_precision("highest")  # main sets it for the whole process
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - stable-baselines3 draws from it
 

@@ -1,6 +1,7 @@
 """SPRIG's game: who moves, along which gradient, and what attention costs."""
 
 import dataclasses
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -298,6 +299,35 @@ def test_attention_is_what_pytorch_computes():
     query, key, value = (torch.randn(3, 400, width) for width in (4, 4, 32))
     reference = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(sprig.attend(query, key, value), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+def test_the_products_precision_is_the_one_asked_for(script, vendor, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id : {vendor}")
+    for precision in ("highest", "high", "medium"):
+        script.set_matmul_precision(precision)
+        by_onednn = precision == "high" and vendor == "AuthenticAMD"
+        assert torch.get_float32_matmul_precision() == ("medium" if by_onednn else precision)
+        assert torch.backends.cudnn.allow_tf32 == (precision != "highest")
+
+
+def test_default_products_leave_the_same_parameters_after_ten_updates(script):
+    """Whichever library computes them: on a CPU the default never means a shorter mantissa."""
+    step, moved = sprig.stackelberg_step if script is sprig else ppo.joint_step, []
+    for precision in ("highest", script.Args().matmul_precision):
+        torch.manual_seed(0)
+        args = script.Args(minibatch_size=8)
+        leader, follower, *optimizers = build(script, args)
+        start = torch.cat([p.detach().flatten() for player in (leader, follower) for p in player.parameters()])
+        batch = random_batch(script, leader, follower, 20)
+        script.set_matmul_precision(precision)
+        torch.manual_seed(1)
+        for _ in range(10):
+            step(leader, follower, *optimizers, batch, args)
+        end = torch.cat([p.detach().flatten() for player in (leader, follower) for p in player.parameters()])
+        moved.append(end - start)
+    assert moved[0].abs().max() > 1e-4
+    torch.testing.assert_close(*moved, atol=1e-5, rtol=0)
 
 
 def beamrider_frames():
