@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tyro
+from speed import cpu_model
 
 VARIANTS = {
     "first-order": {},
@@ -159,11 +160,6 @@ def main(cost: Args) -> None:
     for name, shapes in names.items():
         for variant, (ratio, cosine, solved) in corrections(name, cost).items():
             print(f"| {shapes} | {variant} | {ratio:.2f} | {cosine:.2f} | {solved} |", flush=True)
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 if __name__ == "__main__":

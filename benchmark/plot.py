@@ -576,7 +576,10 @@ def main(args: Args) -> None:
     for path in sorted([*args.results.glob("speed*.csv"), *args.results.glob("scale*.csv")]):
         measured = speed if path.stem.startswith("speed") else scale
         rows = speed.read(path, measured.COLUMNS)
-        head = path.with_suffix(".md").read_text().splitlines()[0]  # command, machine and versions
+        try:
+            head = path.with_suffix(".md").read_text().splitlines()[0]  # command, machine and versions
+        except (FileNotFoundError, IndexError):
+            fail(f"{path} stands without {path.with_suffix('.md').name}, whose first line says how it was measured")
         tables[path.stem] = measured.report(rows, head).strip()
         tables[f"{path.stem} summary"] = "\n\n".join(tables[path.stem].split("\n\n")[:2])  # its head and first table
         if measured is scale:

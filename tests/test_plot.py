@@ -361,6 +361,10 @@ def test_tables_of_speed_and_growth_are_what_was_measured(made):
         with pytest.raises(SystemExit, match="has not the columns"):
             plot.main(dataclasses.replace(made, check=True))
         path.write_text(before)
+        path.with_suffix(".md").write_text("")
+        with pytest.raises(SystemExit, match=f"{name}.csv stands without {name}.md"):
+            plot.main(dataclasses.replace(made, check=True))
+        path.with_suffix(".md").write_text("`again`\n")
 
 
 @pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--device", "tpu"], ["--point", "atari", "PPO", "foo", "4"]])
