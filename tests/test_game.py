@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import build, last_gradients, random_batch
+from conftest import CONTINUOUS, build, last_gradients, random_batch
 
 import ppo_atari_baseline as ppo
 import sprig_atari as sprig
@@ -328,6 +328,35 @@ def test_default_products_leave_the_same_parameters_after_ten_updates(script):
         moved.append(end - start)
     assert moved[0].abs().max() > 1e-4
     torch.testing.assert_close(*moved, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_compiled_and_plain_steps_leave_the_same_parameters_after_ten_updates(name):
+    """The whole of `update` and the policy; on vectors, which compile in a fraction of Atari's time."""
+    script = CONTINUOUS[name]
+    script.prepare_compiler()
+    space, results = gym.spaces.Box(-1, 1, (5,), np.float32), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        args = script.Args(minibatch_size=8, update_epochs=5, target_kl=None, compile=compiled)
+        leader = script.Leader(space, args)
+        follower = script.Follower(leader.num_features, gym.spaces.Box(-1, 1, (2,), np.float32))
+        optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
+        start = torch.cat([p.detach().flatten() for player in (leader, follower) for p in player.parameters()])
+        obs = torch.randn(16, 5)
+        policy = torch.compile(script.act) if compiled else script.act
+        with torch.inference_mode():
+            logits, values = policy(leader, follower, obs)
+        logits, values = logits.clone(), values.clone()
+        actions = torch.randn(16, 2)
+        logprobs = script.action_distribution(logits).log_prob(actions)
+        batch = script.Batch(obs, actions, logprobs, values, torch.randn(16), torch.randn(16))
+        script.update(leader, follower, *optimizers, batch, args)
+        end = torch.cat([p.detach().flatten() for player in (leader, follower) for p in player.parameters()])
+        results.append((logits, values, end - start))
+    assert results[0][2].abs().max() > 1e-4
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(plain, compiled, atol=1e-5, rtol=0)
 
 
 def beamrider_frames():

@@ -128,6 +128,15 @@ def test_cooperation_weight_outside_0_1_is_refused(alpha):
         script.main(script.Args(cooperation_weight=alpha))
 
 
+def test_compiling_what_cannot_be_compiled_is_refused(script, monkeypatch):
+    if script is TWINS["sprig_atari"]:
+        with pytest.raises(SystemExit, match="--compile has no second derivatives"):
+            script.main(script.Args(compile=True, leader_gradient="unrolled"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match=r"--compile needs a C\+\+ compiler, no-such-compiler"):
+        script.main(script.Args(compile=True))
+
+
 def test_cost_in_reward_without_attention_is_refused():
     script = TWINS["sprig_atari"]
     with pytest.raises(SystemExit, match="needs attention to pay for"):
