@@ -100,7 +100,7 @@ class Args:
     threads: int = 1
     """CPU threads of the networks, for which one is usually the fastest (0: as many as there are cores)"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of matrix products, in PyTorch's words: float32; TF32 on a GPU; bfloat16 too, on a CPU with AMX"""
+    """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16 (docs/speed.md)"""
     compile: bool = False
     """torch.compile the policy and the whole gradient step: a start of a minute or two for shorter steps after it"""
     eval_episodes: int = 10
@@ -196,7 +196,7 @@ class Args:
     leader_value_coef: float = 0.0
     """weight of the squared value error in the leader's loss (Algorithm 1: none)"""
     attention: Literal["gated", "figure4", "none"] = "gated"
-    """ReLU and x + γ·attention(x); attention(x) alone as drawn in Figure 4; or no attention"""
+    """ReLU, x + γ·attention(x) and a gate around each layer; attention alone as drawn in Figure 4; or no attention"""
     feature_scale: float = 0.25
     """factor on the features that the follower sees: how far one of Adam's steps moves the policy"""
     update: Literal["stackelberg", "simultaneous", "separate", "stopped", "joint"] = "stackelberg"
@@ -281,7 +281,7 @@ def check_args(args: Args) -> Args:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
     if {"rollout": rollout_size, "minibatch": args.minibatch_size, "none": 2}[args.norm_adv] < 2:
         fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; take more, or none")
-    if args.compile:
+    if args.compile and not args.evaluate:
         compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
         if not shutil.which(compiler) or not header.exists():
             fail(f"--compile needs a C++ compiler, {compiler}, and {header}: apt install g++ python3-dev")
@@ -299,7 +299,8 @@ def check_args(args: Args) -> Args:
 
 
 # What may differ when a run is resumed: it changes how long and where, not what is learnt.
-MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_greedy", "track", "resume", "evaluate"}
+MAY_CHANGE = {"total_timesteps", "device", "threads", "matmul_precision", "compile", "eval_episodes", "eval_greedy"}
+MAY_CHANGE |= {"track", "resume", "evaluate"}
 
 
 def parse_args() -> Args:
@@ -348,20 +349,24 @@ def keep_freed_memory() -> None:
 def set_matmul_precision(precision: str) -> None:
     """For all matrix products in float32 from here on; on AMD processors "high" also leaves them to oneDNN.
 
-    "medium" lets oneDNN compute them, in bfloat16 if the CPU has AMX. AMD's have not: there it means float32, at up
-    to twice the rate of MKL's, which is slow on them. For small products MKL's is the faster one nevertheless.
+    "medium" lets oneDNN compute them, in bfloat16 if the CPU has AMX. Without AMX it means float32, on AMD processors
+    at up to twice the rate of MKL's, which is slow on them. For small products MKL's is the faster one nevertheless.
     """
     cpuinfo = Path("/proc/cpuinfo")
-    if precision == "high" and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text():
+    cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
+    if precision == "high" and "AuthenticAMD" in cpu and "amx" not in cpu:
         precision = "medium"  # on a GPU the same as "high"
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = precision != "highest"  # convolutions
 
 
 def prepare_compiler() -> None:
-    """Let `torch.compile` keep to itself what is meant: that it looks through the memory of `named_parameters`."""
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-    torch._logging.set_logs(dynamo=logging.ERROR)
+    """Two of `torch.compile`'s habits: it reports what is meant to be, and frees what a second backward would need."""
+    from torch._functorch import config
+
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
+    logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)  # the optimizer's profiling
+    config.donated_buffer = False
 
 
 def pick_device(name: str) -> torch.device:
@@ -470,13 +475,13 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         env = gym.make(name, max_episode_steps=args.max_episode_steps or None, **rendered)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         package = next((EXTRAS[module] for module in EXTRAS if family.startswith(module)), None)
-        mend = f"pip install {package}" if package else first_line(error)
+        mend = f"pip install {package}" if package else one_line(error)
         fail(f"--env-id {args.env_id} needs a package that is not installed: {mend}")
     except gym.error.Error as error:
         near = difflib.get_close_matches(name, gym.registry.keys(), n=1)
-        fail(f"--env-id {args.env_id}: {first_line(error)}" + (f"; did you mean {near[0]}?" if near else ""))
+        fail(f"--env-id {args.env_id}: {one_line(error)}" + (f"; did you mean {near[0]}?" if near else ""))
     except Exception as error:  # of its constructor
-        fail(f"--env-id {args.env_id} cannot be made: {first_line(error)}")
+        fail(f"--env-id {args.env_id} cannot be made: {one_line(error)}")
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     observations, actions = env.observation_space, env.action_space
@@ -1146,7 +1151,7 @@ def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor],
     """One step of the players along their `gradients`: means over processes, scaled down to the norm `max_norm`.
 
     Returns the norm before. Raises FloatingPointError, naming the first tensor that is not finite,
-    before any harm is done; on a GPU, which to ask would be to wait for, `check_agent` does so after the update.
+    before any harm is done. A GPU, which to ask would be to wait for, is asked after the epochs (`mean_info`).
     """
     gradient = flatten(gradients)
     average([gradient])
@@ -1407,10 +1412,17 @@ def attention_info(leader: Leader, obs: torch.Tensor) -> dict[str, float]:
 
 
 def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Means over minibatches (and processes), fetched from the device at once."""
+    """Means over minibatches (and processes), fetched from the device at once.
+
+    Raises FloatingPointError if a loss or a gradient's norm is not finite.
+    """
     table = torch.stack([torch.stack(list(info.values())) for info in history])
     average([table])
-    return dict(zip(history[0], table.mean(0).tolist()))
+    means = dict(zip(history[0], table.mean(0).tolist()))
+    for name, mean in means.items():  # what a GPU is not asked at each step (see descend)
+        if name.endswith(("loss", "grad_norm")) and not np.isfinite(mean):
+            raise FloatingPointError(f"{name} is not finite")
+    return means
 
 
 # ==================================================================================================
@@ -1609,12 +1621,12 @@ def load_checkpoint(run_dir: Path, parts: dict) -> dict:
             state = read_state(path, parts)
             return {key: state[key] for key in ("progress", "random")}
         except Exception as error:  # whatever is wrong with this one, the one before may be good
-            print(f"warning: {path} cannot be read: {first_line(error)}", file=sys.stderr)
+            print(f"warning: {path} cannot be read: {one_line(error)}", file=sys.stderr)
     fail(f"{run_dir} holds no checkpoint that can be read; nothing was changed")
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def restore_random_state(states: list[dict]) -> None:
@@ -1638,7 +1650,7 @@ def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
     try:
         read_state(path, players)
     except Exception as error:
-        fail(f"{path} cannot be read: {first_line(error)}")
+        fail(f"{path} cannot be read: {one_line(error)}")
 
 
 def set_aside(path: Path) -> None:

@@ -50,6 +50,7 @@ def prepare(name: str, cost: Args):
     torch.manual_seed(0)
     script = __import__(name)
     args = script.Args(threads=1, num_envs=4, update_epochs=1)
+    script.set_matmul_precision(args.matmul_precision)
     size = cost.minibatches * args.minibatch_size
     envs = script.make_envs(args)
     leader = script.Leader(envs.single_observation_space, args)
