@@ -333,6 +333,14 @@ def test_growth_is_the_exponent_of_a_power_law():
     assert cells[1:] == ["SPRIG", "16 to 256", "4 to 16", "0.50 (0.50)", "1.00 (1.00)", "7 to 7"]
 
 
+def test_figure_of_growth_shows_every_point():
+    small = [row | {scale.COLUMNS[1]: "PPO", scale.COLUMNS[-1]: 3} for row in scale_rows(0.5)]
+    figure = scale.draw(small + scale_rows(0.5))
+    for axis in figure.axes:
+        for line in axis.lines:
+            assert (np.asarray(line.get_ydata()) <= axis.get_ylim()[1]).all()
+
+
 def test_tables_of_speed_and_growth_are_what_was_measured(made):
     names = ("stable-baselines3", "ppo.py", "sprig.py")
     speeds = [(name, n, "steps per second", x * n) for n in (1, 2, 3) for name, x in zip(names, (100, 200, 50))]
