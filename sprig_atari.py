@@ -763,6 +763,7 @@ def allocate_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.devic
 
 
 def act(leader: Leader, follower: Follower, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Policy and values (N,) for `obs` (N, ...), see Follower: a function, so that it can be compiled as one."""
     return follower(leader(obs))
 
 
@@ -775,7 +776,7 @@ def collect_rollout(
     rollout: Rollout,
     compiled: bool = False,
 ) -> tuple[np.ndarray, list[tuple[int, float, int]]]:
-    """Play T steps from `obs` (N, ...) with the current policy and fill `rollout` in place.
+    """Play T steps from `obs` (N, ...) with the current policy, `compiled` or not, and fill `rollout` in place.
 
     Returns the observations to go on from, and for each game that ended (steps of its environment
     into the rollout, raw return, length).
