@@ -5,9 +5,10 @@
 
 Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<matrices>/<matrix>.toml` the question and
 the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png`, and in the documents all that
-stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison", "runs", or what
-speed.py or scale.py measured, `<results>/NAME.csv`, under the first line of NAME.md (with "summary", the first table of
-it). `<results>/scale.png` is drawn from scale.csv.
+stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison" (of final scores)
+or "comparison over training" (of means over training), "runs", or what speed.py or scale.py measured,
+`<results>/NAME.csv`, under the first line of NAME.md (with "summary", the first table of it). `<results>/scale.png` is
+drawn from scale.csv.
 
 The same for every matrix:
 
@@ -49,6 +50,7 @@ POINTS = 100  # of a curve
 WINDOW = 0.1  # fraction of a run's steps whose games make a point; the last point is the final score
 FEW, TESTABLE = 3, 5  # seeds from which on there are intervals, and tests
 RESAMPLES = 2000
+SCORES = {"final": "final return", "area": "mean over training"}  # a run's, and what the tables call them
 COLUMNS = ("agent_steps", "seconds", "episodic_return")
 RANDOM = {"BeamRiderNoFrameskip-v4": 363.9}  # a random agent's return (Mnih et al. 2015)
 PUBLISHED = {  # of PPO: what it is, and each source's return
@@ -283,8 +285,8 @@ def scores_table(matrix: Matrix, runs: dict, others: list[Run]) -> str:
     return f"{render(head, rows)}\n\n{' '.join(notes)}"
 
 
-def compare(matrix: Matrix, runs: dict) -> list[list]:
-    """A row for each arm and task, against the reference at equal steps."""
+def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
+    """A row for each arm and task, against the reference at equal steps; `score` as in SCORES."""
     reference, *arms = matrix.titles
     rows = []
     for task, groups in runs.items():
@@ -292,7 +294,7 @@ def compare(matrix: Matrix, runs: dict) -> list[list]:
         for (steps, arm), group in groups.items():
             if arm not in arms or (steps, reference) not in groups:
                 continue
-            x, base = (np.array([run.final for run in g]) for g in (group, groups[steps, reference]))
+            x, base = (np.array([getattr(run, score) for run in g]) for g in (group, groups[steps, reference]))
             x, base = x[np.isfinite(x)], base[np.isfinite(base)]
             seeds = min(len(x), len(base))
             if seeds == 0:
@@ -320,19 +322,20 @@ def compare(matrix: Matrix, runs: dict) -> list[list]:
     return rows
 
 
-def aggregate(matrix: Matrix, runs: dict) -> tuple[list[list], list[str]]:
+def aggregate(matrix: Matrix, runs: dict, score: str) -> tuple[list[list], list[str]]:
     """Per arm, a row across tasks; and the tasks left out, with reasons."""
     reference, *arms = matrix.titles
     rows, left_out = [], []
     for arm in arms:
-        scores = {}  # task -> seed -> final score less the task's zero, of the arm and of the reference
+        scores = {}  # task -> seed -> score less the task's zero, of the arm and of the reference
         for task, groups in runs.items():
             lengths = [steps for steps, other in groups if other == arm and (steps, reference) in groups]
             if not lengths:
                 continue
             pair = [groups[max(lengths), name] for name in (arm, reference)]
             zero = RANDOM.get(task, 0.0)
-            pair = [{run.seed: run.final - zero for run in g if np.isfinite(run.final)} for g in pair]
+            known = [{run.seed: getattr(run, score) for run in g} for g in pair]
+            pair = [{seed: x - zero for seed, x in g.items() if np.isfinite(x)} for g in known]
             if not all(pair) or np.mean(list(pair[1].values())) <= 0:
                 left_out.append(f"{task} ({matrix.titles[arm]}: {matrix.titles[reference]} has no score above zero)")
             else:
@@ -354,14 +357,14 @@ def aggregate(matrix: Matrix, runs: dict) -> tuple[list[list], list[str]]:
     return rows, left_out
 
 
-def comparison_table(matrix: Matrix, runs: dict) -> str:
+def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
     reference = next(iter(matrix.titles.values()))
-    rows = compare(matrix, runs)
+    rows = compare(matrix, runs, score)
     if not rows:
         return f"Nothing can be compared with {reference} yet: no arm was run on the same task for equally many steps."
-    head = ["task", "agent steps", "arm", "seeds", f"final return / {reference}'s", "difference"]
+    head = ["task", "agent steps", "arm", "seeds", f"{SCORES[score]} / {reference}'s", "difference"]
     text = render([*head, "Hedges' g", "Welch's p", "permutation p"], rows)
-    rows, left_out = aggregate(matrix, runs)
+    rows, left_out = aggregate(matrix, runs, score)
     if rows:
         head = ["arm", "tasks", "seeds", "interquartile mean", f"probability of improvement over {reference}"]
         zeros = [f"{task} {RANDOM[task]}" for task in runs if task in RANDOM]
@@ -566,11 +569,14 @@ def main(args: Args) -> None:
     tables, figures, results = {}, {}, {}
     for name, matrix in matrices.items():
         runs, others = read_runs(args.results / name, matrix)
-        tables[name] = tables[f"{name} comparison"] = f"Not run yet: `{command(matrix)}`."
+        compared = {"final": f"{name} comparison", "area": f"{name} comparison over training"}
+        for table in (name, *compared.values()):
+            tables[table] = f"Not run yet: `{command(matrix)}`."
         if runs:
             results[name] = runs
             tables[name] = scores_table(matrix, runs, others)
-            tables[f"{name} comparison"] = comparison_table(matrix, runs)
+            for score, table in compared.items():
+                tables[table] = comparison_table(matrix, runs, score)
             figures[args.results / f"{name}.png"] = draw(matrix, runs, args.results)
     tables["runs"] = runs_table(matrices, results)
     for path in sorted([*args.results.glob("speed*.csv"), *args.results.glob("scale*.csv")]):

@@ -24,10 +24,10 @@ MATRIX = (
 MATRIX += '[arms.ppo]\ntitle = "PPO"\n[arms.a1]\ntitle = "A1"\n[arms.a2]\n'
 
 
-def put(folder, arm, seed, level, steps=1000, evaluation=True):
-    """A run of 100 games, one each steps/100, whose returns are level, level + 1, level, ..."""
+def put(folder, arm, seed, level, steps=1000, evaluation=True, late=False):
+    """A run of 100 games, one each steps/100: level, level + 1, level, ...; `late` subtracts 4 in the first half."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [f"{steps // 100 * i},{i},{level + i % 2},10" for i in range(1, 101)]
+    rows = [f"{steps // 100 * i},{i},{level + i % 2 - 4 * (late and i <= 50)},10" for i in range(1, 101)]
     text = "\n".join(["agent_steps,seconds,episodic_return,episodic_length", *rows])
     (folder / f"{arm}_seed{seed}.csv.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     record = {"hardware": {"cpu": "X", "cores": 2, "gpu": None}, "trained_steps": steps}
@@ -208,6 +208,18 @@ def test_a_task_that_every_seed_solves_has_no_spread_and_no_difference(made):
             put(made.results / "m" / "Task-v1", arm, seed, 1000)
     (row,) = (row for row in rows_of(made) if row[2:4] == ["A1", "5 and 5"])
     assert row[4:] == ["1.00 [1.00, 1.00]", "0.0", "no spread", "1.000", "1.000"]
+
+
+def test_who_learns_later_is_behind_over_training_alone(made):
+    for seed in range(1, 6):
+        put(made.results / "m" / "Task-v1", "ppo", seed, 7.5)
+        put(made.results / "m" / "Task-v1", "a1", seed, 7.5, late=True)
+    made.documents[0].write_text("<!-- table: m comparison over training -->\n<!-- end -->\n")
+    rows = rows_of(made)
+    assert [row[4] for row in rows[:2]] == ["mean over training / PPO's", "0.75 [0.75, 0.75]"]
+    assert rows[3][3].startswith("0.75 [") and rows[3][4].startswith("0.00 [")  # across tasks
+    made.documents[0].write_text("<!-- table: m comparison -->\n<!-- end -->\n")
+    assert [row[4] for row in rows_of(made)[:2]] == ["final return / PPO's", "1.00 [1.00, 1.00]"]
 
 
 def test_only_equal_steps_are_compared(made):
