@@ -85,8 +85,9 @@ class Args:
     """"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one"""
     threads: int = 0
     """CPU threads of the networks and of the emulator (0: as many as there are cores)"""
-    matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16 (docs/speed.md)"""
+    matmul_precision: Literal["highest", "high", "medium", "bfloat16"] = "high"
+    """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16; bfloat16 everywhere
+    in the encoder, whose parameters stay float32 (docs/speed.md)"""
     compile: bool = False
     """torch.compile the policy and the whole gradient step; on a CPU that does not pay here (docs/speed.md)"""
     eval_episodes: int = 10
@@ -266,6 +267,7 @@ def set_matmul_precision(precision: str) -> None:
     """
     cpuinfo = Path("/proc/cpuinfo")
     cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
+    precision = "high" if precision == "bfloat16" else precision  # the encoder sees to its own
     if precision == "high" and "AuthenticAMD" in cpu and "amx" not in cpu:
         precision = "medium"  # on a GPU the same as "high"
     torch.set_float32_matmul_precision(precision)
@@ -483,14 +485,16 @@ class Leader(nn.Module):
         for conv in (self.conv1, self.conv2, self.conv3):
             size = (size - conv.kernel_size[0]) // conv.stride[0] + 1
         self.num_features = 64 * size**2
+        self.bfloat16 = args.matmul_precision == "bfloat16"
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        x = obs.float().mul_(1 / 255)  # (B, 4, 84, 84)
-        x = F.relu_(self.conv1(x))  # (B, 32, 20, 20)
-        x = F.relu_(self.conv2(x))  # (B, 64, 9, 9)
-        x = F.relu_(self.conv3(x))  # (B, 64, 7, 7)
-        return x.flatten(1)  # (B, 3136)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
+            x = obs.float().mul_(1 / 255)  # (B, 4, 84, 84)
+            x = F.relu_(self.conv1(x))  # (B, 32, 20, 20)
+            x = F.relu_(self.conv2(x))  # (B, 64, 9, 9)
+            x = F.relu_(self.conv3(x))  # (B, 64, 7, 7)
+        return x.flatten(1).float()  # (B, 3136)
 
     def attention_received(self, obs: torch.Tensor) -> list[torch.Tensor]:
         """Of each attention layer, the attention that each location receives: there is none here."""

@@ -92,8 +92,9 @@ class Args:
     """"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one"""
     threads: int = 0
     """CPU threads of the networks and of the emulator (0: as many as there are cores)"""
-    matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16 (docs/speed.md)"""
+    matmul_precision: Literal["highest", "high", "medium", "bfloat16"] = "high"
+    """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16; bfloat16 everywhere
+    in the encoder, whose parameters and LayerNorms stay float32 (docs/speed.md)"""
     compile: bool = False
     """torch.compile the policy and the whole gradient step; on a CPU that does not pay here (docs/speed.md)"""
     eval_episodes: int = 10
@@ -345,6 +346,7 @@ def set_matmul_precision(precision: str) -> None:
     """
     cpuinfo = Path("/proc/cpuinfo")
     cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
+    precision = "high" if precision == "bfloat16" else precision  # the encoder sees to its own
     if precision == "high" and "AuthenticAMD" in cpu and "amx" not in cpu:
         precision = "medium"  # on a GPU the same as "high"
     torch.set_float32_matmul_precision(precision)
@@ -663,20 +665,22 @@ class Leader(nn.Module):
         # DEVIATION: row 4, ReLU after LayerNorm: without it perception is linear but for attention
         self.activation = nn.Identity() if args.attention == "figure4" else nn.ReLU(inplace=True)
         self.num_features, self.feature_scale = channels[-1] * sizes[-1] ** 2, args.feature_scale
+        self.bfloat16 = args.matmul_precision == "bfloat16"
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: torch.Tensor, num_rows: int | None = None):
-        x = obs.float().mul_(1 / 255)  # (B, 4, 84, 84)
-        attention = []
-        for conv, norm, block in zip(self.convs, self.norms, self.blocks):
-            x = self.activation(norm(conv(x).permute(0, 2, 3, 1)))  # (B, H, W, C)
-            if block is not None:
-                tokens, rows = block(x.flatten(1, 2), num_rows)  # (B, H·W, C)
-                x = tokens.view_as(x)
-                attention.append(rows)
-            x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
-        features = self.feature_scale * x.flatten(1)  # (B, 3136)
-        return features if num_rows is None else (features, attention)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
+            x = obs.float().mul_(1 / 255)  # (B, 4, 84, 84)
+            attention = []
+            for conv, norm, block in zip(self.convs, self.norms, self.blocks):
+                x = self.activation(norm(conv(x).permute(0, 2, 3, 1)))  # (B, H, W, C)
+                if block is not None:
+                    tokens, rows = block(x.flatten(1, 2), num_rows)  # (B, H·W, C)
+                    x = tokens.view_as(x)
+                    attention.append(rows)
+                x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
+        features = self.feature_scale * x.flatten(1).float()  # (B, 3136)
+        return features if num_rows is None else (features, [rows.float() for rows in attention])
 
     def gates(self) -> dict[str, torch.Tensor]:
         """γ of each layer's attention, by the name under which it is logged."""

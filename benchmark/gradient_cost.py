@@ -1,4 +1,5 @@
-"""What the leader's total derivative costs, and how much it corrects: the tables of docs/paper.md.
+"""What the leader's total derivative costs and how much it corrects (the tables of docs/paper.md), and what
+--matmul-precision bfloat16 does to the gradients (docs/speed.md).
 
     python benchmark/gradient_cost.py
 
@@ -140,6 +141,30 @@ def corrections(name: str, cost: Args) -> dict[str, tuple[float, float, str]]:
     return table
 
 
+def bfloat16_errors(name: str, cost: Args) -> dict[str, tuple[float, float]]:
+    """Player -> (norm of bfloat16's change of its gradient over the gradient's, cosine): medians of the minibatches.
+
+    The gradients are those of the two losses at the same θ and φ, before anybody moves.
+    """
+    script, args, (leader, follower, *_), minibatches = prepare(name, cost)
+    errors = {"leader": [], "follower": []}
+    for minibatch in minibatches:
+        gradients = []
+        for leader.bfloat16 in (False, True):
+            torch.manual_seed(0)  # the same rows for the cost
+            features, attention = leader(minibatch.obs, num_rows=script.cost_rows(args))
+            logits, values = follower(features)
+            cost_now = script.perception_cost(attention, args.perception_cost)
+            loss, _ = script.leader_loss(logits, values, cost_now, minibatch, args)
+            theta = script.differentiate(loss, list(leader.parameters()), retain_graph=True)
+            loss, _ = script.follower_loss(logits, values, minibatch, args)
+            phi = script.differentiate(loss, list(follower.parameters()))
+            gradients.append([script.flatten(slopes) for slopes in (theta, phi)])
+        for player, exact, rounded in zip(errors, *gradients):
+            errors[player].append(((rounded - exact).norm() / exact.norm(), torch.cosine_similarity(exact, rounded, 0)))
+    return {player: tuple(torch.tensor(pairs).median(0).values.tolist()) for player, pairs in errors.items()}
+
+
 def main(cost: Args) -> None:
     print(f"{cpu_model()}, one thread, Python {platform.python_version()}, torch {torch.__version__}.")
     print("\n| | gradient | ms per minibatch | time over first-order | memory of a step, MiB | over first-order |")
@@ -161,6 +186,9 @@ def main(cost: Args) -> None:
     for name, shapes in names.items():
         for variant, (ratio, cosine, solved) in corrections(name, cost).items():
             print(f"| {shapes} | {variant} | {ratio:.2f} | {cosine:.2f} | {solved} |", flush=True)
+    print("\n| gradient in bfloat16 | error over the gradient's norm | cosine |\n|-|-|-|")
+    for player, (error, cosine) in bfloat16_errors("sprig_atari", cost).items():
+        print(f"| {player}'s, Atari | {error:.3f} | {cosine:.4f} |")
 
 
 if __name__ == "__main__":

@@ -338,6 +338,35 @@ def test_default_products_leave_the_same_parameters_after_ten_updates(script):
     torch.testing.assert_close(*moved, atol=1e-5, rtol=0)
 
 
+def test_an_encoder_in_bfloat16_differs_by_its_rounding_alone(script):
+    """Also what it leaves: features and gradients in float32, with every method of the leader's gradient."""
+    features, gradients = [], []
+    for precision in ("highest", "bfloat16"):
+        torch.manual_seed(0)
+        args = script.Args(minibatch_size=8, matmul_precision=precision)
+        leader, follower, *optimizers = build(script, args)
+        if script is sprig:
+            for block in leader.blocks:
+                torch.nn.init.constant_(block.gate, 0.5)
+        batch = random_batch(script, leader, follower, 8)
+        features.append(leader(batch.obs))
+        logits, values = follower(features[-1])
+        loss = (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum() + values.sum()
+        gradients.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(leader.parameters()))]))
+        if script is sprig and precision == "bfloat16":
+            assert all(rows.dtype == torch.float32 for rows in leader(batch.obs, 24)[1])
+            assert leader.pictures(batch.obs)["leader/attention_received"].dtype == np.uint8
+            for method in ("first-order", "unrolled", "implicit"):
+                info = sprig.stackelberg_step(
+                    leader, follower, *optimizers, batch, dataclasses.replace(args, leader_gradient=method)
+                )
+                assert all(value.isfinite() for value in info.values())
+    assert features[1].dtype == gradients[1].dtype == torch.float32
+    error = (features[1] - features[0]).norm() / features[0].norm()
+    assert 1e-4 < error < 0.02  # half a unit in the last of 8 bits is 0.002
+    assert torch.cosine_similarity(*gradients, 0) > 0.99
+
+
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 

@@ -72,6 +72,8 @@ def test_continuous_differs_from_atari_by_the_normaliser_alone(names):
         atari, continuous = (definitions(name, banner) for name in names)
         for key, text in atari.items():
             if key not in ("class Args", "def check_args", "def learner_rewards"):
+                # The encoder in bfloat16 is for convolutions.
+                text = "".join(line for line in text.splitlines(keepends=True) if '== "bfloat16"' not in line)
                 assert continuous[key].rstrip() == text.rstrip(), key
     atari, continuous = (definitions(name, "Leader") for name in names)
     for key in {"def attend", "def attention_rows", "class TiledAttention"} & atari.keys():
