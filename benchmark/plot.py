@@ -7,8 +7,8 @@ Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<m
 the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png`, and in the documents all that
 stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison" (of final scores)
 or "comparison over training" (of means over training), "runs", or what speed.py or scale.py measured,
-`<results>/NAME.csv`, under the first line of NAME.md (with "summary", the first table of it). `<results>/scale.png` is
-drawn from scale.csv.
+`<results>/NAME.csv`, under the first line of NAME.md (with "summary", the first table of it), or what probe.py did,
+`<results>/probe*.csv`. `<results>/scale.png` is drawn from scale.csv.
 
 The same for every matrix:
 
@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import probe
 import scale
 import speed
 import tyro
@@ -590,6 +591,8 @@ def main(args: Args) -> None:
         tables[f"{path.stem} summary"] = "\n\n".join(tables[path.stem].split("\n\n")[:2])  # its head and first table
         if measured is scale:
             figures[path.with_suffix(".png")] = scale.draw(rows)
+    for path in sorted(args.results.glob("probe*.csv")):
+        tables[path.stem] = probe.render(list(csv.reader(path.read_text().splitlines())))
     texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written
     if args.check:
         stale = [path for path, text in texts.items() if path.read_text() != text]

@@ -11,8 +11,13 @@ for the score.
 
 Runs on vectors trained with `--distractors k`: the share of each layer's attention that the n true entries receive,
 over the share of a uniform map; mean over all entries that pay. 1 is no preference, (n + k) / n all of it on the n.
+
+Runs called <name>__<seed>, as run.py calls them, make one row: mean ± standard deviation over their seeds.
 """
 
+import csv
+import re
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +36,7 @@ from watch import load_run
 
 # Addresses: the one moves with LEFT and RIGHT, the other falls from 15 by 1 with each enemy shot.
 MEMORY = {"beam_rider": {"own position": 41, "enemies left in the sector": 84}}
+CONSTANT = "constant"  # a quantity that did not vary, in place of its R²
 PENALTIES = 10.0 ** np.arange(-2, 6)
 
 
@@ -46,6 +52,8 @@ class Args:
     """one of so many observations is kept: neighbours tell the same"""
     seed: int = 0
     """seed of the games and actions"""
+    output: Path | None = None
+    """CSV to write as well, a row per run; plot.py puts benchmark/results/probe*.csv into the documents"""
 
 
 class FireReset(gym.Wrapper):
@@ -148,7 +156,7 @@ def probe_states(agents: dict, settings: Args) -> list[list[str]]:
 
 
 def show(r2: float) -> str:
-    return "constant" if np.isnan(r2) else f"{r2:.2f}"
+    return CONSTANT if np.isnan(r2) else f"{r2:.2f}"
 
 
 def attention_on_truth(agents: dict, settings: Args) -> list[list[str]]:
@@ -176,6 +184,34 @@ def attention_on_truth(agents: dict, settings: Args) -> list[list[str]]:
     return rows
 
 
+def over_seeds(rows: list[list[str]]) -> list[list[str]]:
+    """The same table, with one row for all runs that differ in their seed alone."""
+    head, *rows = rows
+    groups = {}
+    for name, *cells in rows:
+        groups.setdefault(re.sub(r"__\d+$", "", name), []).append(cells)
+    if len(groups) == len(rows):
+        return [head, *rows]
+    table = [[name, str(len(group)), *map(mean_cell, zip(*group))] for name, group in groups.items()]
+    return [[head[0], "runs", *head[1:]], *table]
+
+
+def mean_cell(cells: tuple[str, ...]) -> str:
+    """ "1.00 ± 0.10" of several numbers; what all have in common, as it stands."""
+    if len(set(cells)) == 1:
+        return cells[0]
+    known = [float(cell) for cell in cells if cell != CONSTANT]
+    mean = f"{statistics.mean(known):.2f}"
+    mean += f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return mean if len(known) == len(cells) else f"{mean} ({len(known)} of {len(cells)})"
+
+
+def render(rows: list[list[str]]) -> str:
+    table = over_seeds(rows)
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([lines[0], "|-" * len(table[0]) + "|", *lines[1:]])
+
+
 def check(settings: Args) -> None:
     """Ends with a one-line error before anything is loaded."""
     if not settings.runs:
@@ -185,6 +221,10 @@ def check(settings: Args) -> None:
             fail(f"--{name} {getattr(settings, name)} is less than 1")
     if settings.seed < 0:
         fail(f"--seed {settings.seed} is negative")
+    if settings.output and settings.output.exists():
+        fail(f"{settings.output} exists; remove it, or choose another --output")
+    if settings.output and not settings.output.parent.is_dir():
+        fail(f"--output {settings.output}: there is no folder {settings.output.parent}")
 
 
 def main(settings: Args) -> None:
@@ -205,8 +245,10 @@ def main(settings: Args) -> None:
         if any(args.observation_noise or args.distractors for _, args, *_ in agents.values()):
             fail("runs with --observation-noise or --distractors on Atari cannot be probed: the games here are clean")
     rows = (probe_states if all(atari) else attention_on_truth)(agents, settings)
-    rows.insert(1, ["-"] * len(rows[0]))
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    print(render(rows))
+    if settings.output:
+        with settings.output.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,12 @@ def test_damaged_data_are_named_in_one_line_and_nothing_is_written(damage, made)
     assert made.documents[0].read_text() == before and not list(made.results.glob("*.png"))
 
 
+def test_what_the_probe_found_is_a_table(made):
+    (made.results / "probe_x.csv").write_text("run,R²\nruns/x__1,0.25\nruns/x__2,0.75\n")
+    made.documents[0].write_text("<!-- table: probe_x -->\n<!-- end -->\n")
+    assert rows_of(made) == [["run", "runs", "R²"], ["runs/x", "2", "0.50 ± 0.35"]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("<!-- table: n -->\n<!-- end -->", "'n'"), ("<!-- table: m -->\n", "no '<!-- end -->'")],

@@ -1,5 +1,6 @@
 """The linear probe: cases with known answers, the emulator's memory, and real (hardly trained) runs."""
 
+import csv
 import subprocess
 import sys
 
@@ -20,6 +21,14 @@ def test_probe_reads_what_is_linear_in_the_features_and_nothing_else():
     targets = np.stack([features @ rng.normal(size=30), rng.normal(size=500), np.ones(500)], axis=1)
     linear, noise, constant = probe.probe(features, targets, np.arange(500) % 5 // 2)
     assert linear > 0.99 and noise < 0.1 and np.isnan(constant)
+
+
+def test_runs_that_differ_in_the_seed_make_one_row():
+    rows = [["run", "a", "b"], ["runs/x__1", "0.40", "12"], ["runs/x__2", "0.60", "12"], ["pixels", "constant", "3"]]
+    assert probe.over_seeds(rows)[1:] == [["runs/x", "2", "0.50 ± 0.14", "12"], ["pixels", "1", "constant", "3"]]
+    rows[2][1] = "constant"
+    assert probe.over_seeds(rows)[1] == ["runs/x", "2", "0.40 (1 of 2)", "12"]
+    assert probe.over_seeds(rows[:2]) == rows[:2]  # single runs are left as they are
 
 
 def test_the_own_ships_position_is_where_the_memory_says():
@@ -52,9 +61,11 @@ def test_real_runs_are_probed(script, tmp_path):
     settings |= {} if atari else {"env_id": "Pendulum-v1", "distractors": 2, "observation_noise": 0.1}
     script.main(script.Args(run_dir=str(tmp_path / "run"), threads=1, **settings))
     command = [sys.executable, "benchmark/probe.py", str(tmp_path / "run"), "--steps", "40"]
+    command += ["--output", str(tmp_path / "probe.csv")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    assert list(csv.reader((tmp_path / "probe.csv").open()))[1:] == rows[2:]
     if atari:
         assert [row[0] for row in rows[2:]] == [str(tmp_path / "run"), "sprig_atari.py, not trained", "pixels"]
     else:
@@ -78,7 +89,9 @@ def test_an_enemy_shot_is_one_enemy_fewer():
     assert all(enemies == 15 - points // 44 for points, enemies in left[:: len(left) // 10])
 
 
-@pytest.mark.parametrize("arguments", [["no/such/run"], [], ["x", "--steps", "0"], ["x", "--seed", "-1"]])
+@pytest.mark.parametrize(
+    "arguments", [["no/such/run"], [], ["x", "--steps", "0"], ["x", "--seed", "-1"], ["x", "--output", "README.md"]]
+)
 def test_bad_input_is_refused_in_one_line(arguments):
     command = [sys.executable, "benchmark/probe.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
