@@ -187,7 +187,7 @@ class Args:
     """weight of the squared value error in the leader's loss (Algorithm 1: none)"""
     attention: Literal["gated", "figure4", "none"] = "gated"
     """ReLU and x + γ·attention(x); attention(x) alone as drawn in Figure 4; or no attention"""
-    feature_scale: float = 1.0
+    feature_scale: float = 0.15
     """factor on the features that the follower sees: how far one of Adam's steps moves the policy"""
     update: Literal["stackelberg", "simultaneous", "separate", "stopped", "joint"] = "stackelberg"
     """leader, then follower; or what lies between that and PPO's joint step on the same networks: no value gradient to
@@ -679,6 +679,7 @@ class Leader(nn.Module):
                     x = tokens.view_as(x)
                     attention.append(rows)
                 x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
+        # Scaled down (docs/paper.md, row 11) to the Nature CNN's size: at unit scale each of Adam's steps is a leap.
         features = self.feature_scale * x.flatten(1).float()  # (B, 3136)
         return features if num_rows is None else (features, [rows.float() for rows in attention])
 
