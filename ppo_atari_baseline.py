@@ -211,7 +211,7 @@ def check_args(args: Args) -> Args:
     return args
 
 
-# What may differ when a run is resumed: it changes how long and where, not what is learnt.
+# What may differ when a run is resumed: how long it is, where it runs, and how its numbers are rounded.
 MAY_CHANGE = {"total_timesteps", "device", "threads", "matmul_precision", "compile", "eval_episodes", "eval_greedy"}
 MAY_CHANGE |= {"track", "resume", "evaluate"}
 
@@ -232,7 +232,11 @@ def read_args(run_dir: Path) -> Args:
         record = json.loads((run_dir / "args.json").read_text())
         if record["script"] != Path(__file__).name:
             fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
-        return Args(**record["arguments"])
+        saved = Args(**record["arguments"])
+        if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
+            flag = min(missing).replace("_", "-")  # today's default need not be what that version did
+            fail(f"{run_dir} was made by a version without --{flag}; go on with that version")
+        return saved
     except OSError as error:
         fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")
     except (ValueError, KeyError, TypeError) as error:
@@ -485,11 +489,11 @@ class Leader(nn.Module):
         for conv in (self.conv1, self.conv2, self.conv3):
             size = (size - conv.kernel_size[0]) // conv.stride[0] + 1
         self.num_features = 64 * size**2
-        self.bfloat16 = args.matmul_precision == "bfloat16"
+        self.low_precision = args.matmul_precision == "bfloat16"
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.low_precision):
             x = obs.float().mul_(1 / 255)  # (B, 4, 84, 84)
             x = F.relu_(self.conv1(x))  # (B, 32, 20, 20)
             x = F.relu_(self.conv2(x))  # (B, 64, 9, 9)

@@ -94,7 +94,7 @@ class Args:
     """CPU threads of the networks and of the emulator (0: as many as there are cores)"""
     matmul_precision: Literal["highest", "high", "medium", "bfloat16"] = "high"
     """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16; bfloat16 everywhere
-    in the encoder, whose parameters and LayerNorms stay float32 (docs/speed.md)"""
+    in the encoder, whose parameters stay float32 (docs/speed.md)"""
     compile: bool = False
     """torch.compile the policy and the whole gradient step; on a CPU that does not pay here (docs/speed.md)"""
     eval_episodes: int = 10
@@ -290,7 +290,7 @@ def check_args(args: Args) -> Args:
     return args
 
 
-# What may differ when a run is resumed: it changes how long and where, not what is learnt.
+# What may differ when a run is resumed: how long it is, where it runs, and how its numbers are rounded.
 MAY_CHANGE = {"total_timesteps", "device", "threads", "matmul_precision", "compile", "eval_episodes", "eval_greedy"}
 MAY_CHANGE |= {"track", "resume", "evaluate"}
 
@@ -311,7 +311,11 @@ def read_args(run_dir: Path) -> Args:
         record = json.loads((run_dir / "args.json").read_text())
         if record["script"] != Path(__file__).name:
             fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
-        return Args(**record["arguments"])
+        saved = Args(**record["arguments"])
+        if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
+            flag = min(missing).replace("_", "-")  # today's default need not be what that version did
+            fail(f"{run_dir} was made by a version without --{flag}; go on with that version")
+        return saved
     except OSError as error:
         fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")
     except (ValueError, KeyError, TypeError) as error:
@@ -665,11 +669,11 @@ class Leader(nn.Module):
         # DEVIATION: row 4, ReLU after LayerNorm: without it perception is linear but for attention
         self.activation = nn.Identity() if args.attention == "figure4" else nn.ReLU(inplace=True)
         self.num_features, self.feature_scale = channels[-1] * sizes[-1] ** 2, args.feature_scale
-        self.bfloat16 = args.matmul_precision == "bfloat16"
+        self.low_precision = args.matmul_precision == "bfloat16"
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: torch.Tensor, num_rows: int | None = None):
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.low_precision):
             x = obs.float().mul_(1 / 255)  # (B, 4, 84, 84)
             attention = []
             for conv, norm, block in zip(self.convs, self.norms, self.blocks):
@@ -679,7 +683,7 @@ class Leader(nn.Module):
                     x = tokens.view_as(x)
                     attention.append(rows)
                 x = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
-        # Scaled down (docs/paper.md, row 11) to the Nature CNN's size: at unit scale each of Adam's steps is a leap.
+        # DEVIATION: row 11, scaled down to the Nature CNN's size: at unit scale each of Adam's steps is a leap
         features = self.feature_scale * x.flatten(1).float()  # (B, 3136)
         return features if num_rows is None else (features, [rows.float() for rows in attention])
 

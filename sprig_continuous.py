@@ -298,7 +298,7 @@ def check_args(args: Args) -> Args:
     return args
 
 
-# What may differ when a run is resumed: it changes how long and where, not what is learnt.
+# What may differ when a run is resumed: how long it is, where it runs, and how its numbers are rounded.
 MAY_CHANGE = {"total_timesteps", "device", "threads", "matmul_precision", "compile", "eval_episodes", "eval_greedy"}
 MAY_CHANGE |= {"track", "resume", "evaluate"}
 
@@ -319,7 +319,11 @@ def read_args(run_dir: Path) -> Args:
         record = json.loads((run_dir / "args.json").read_text())
         if record["script"] != Path(__file__).name:
             fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
-        return Args(**record["arguments"])
+        saved = Args(**record["arguments"])
+        if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
+            flag = min(missing).replace("_", "-")  # today's default need not be what that version did
+            fail(f"{run_dir} was made by a version without --{flag}; go on with that version")
+        return saved
     except OSError as error:
         fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")
     except (ValueError, KeyError, TypeError) as error:
@@ -819,7 +823,7 @@ class Leader(nn.Module):
                 layer, rows = block(layer, num_rows)
                 attention.append(rows)
             x = layer if gate is None else torch.addcmul(x, gate, layer)
-        # Scaled down (docs/paper.md, row 11): hundreds of features of unit scale make each of Adam's steps a leap.
+        # DEVIATION: row 11, scaled down: hundreds of features of unit scale make each of Adam's steps a leap
         features = self.feature_scale * x.flatten(1)  # (B, n·C)
         return features if num_rows is None else (features, attention)
 

@@ -1,7 +1,7 @@
 """Where the paper leaves a choice, measure it: variants of SPRIG on the patch task (patch_task.py).
 
     python benchmark/decisions.py
-    python benchmark/decisions.py --variants default "paper literal"   # these anew, the other rows stay
+    python benchmark/decisions.py --variants "unit scale" "paper literal"   # these anew, the other rows stay
 
 Table 1's settings but for the rollout (8 x 32) and γ = 0.5 (each step is a problem of its own), and features at unit
 scale, which suits so short a task; SPRIG's default, 0.15, is a variant (row 11). A variant's score is the mean return
@@ -20,7 +20,7 @@ from patch_task import PatchEnvs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 VARIANTS = {
-    "default": {},
+    "unit scale": {},
     "row 1: α on the cost": {"cooperation_weight": 0.3},
     "row 2: l1 cost": {"perception_cost": "l1"},
     "row 2: concentration cost": {"perception_cost": "concentration"},

@@ -150,7 +150,7 @@ def bfloat16_errors(name: str, cost: Args) -> dict[str, tuple[float, float]]:
     errors = {"leader": [], "follower": []}
     for minibatch in minibatches:
         gradients = []
-        for leader.bfloat16 in (False, True):
+        for leader.low_precision in (False, True):
             torch.manual_seed(0)  # the same rows for the cost
             features, attention = leader(minibatch.obs, num_rows=script.cost_rows(args))
             logits, values = follower(features)

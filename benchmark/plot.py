@@ -16,6 +16,7 @@ The same for every matrix:
   last one is the final score. The area under the curve, over its length, is the mean of the ten windows of 10 % that
   make up the training ("mean over training").
 - Against time the same points stand at the seconds at which the run had come so far; a mean over seeds at their mean.
+- Arms are judged by the final score. The mean over training, tested apart, is for tasks that have a highest return.
 - Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own.
 - Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and 95 % intervals by
   bootstrap over seeds; from 5 on, tests as well, two-sided, corrected after Holm over the arms of a task.
@@ -592,7 +593,10 @@ def main(args: Args) -> None:
         if measured is scale:
             figures[path.with_suffix(".png")] = scale.draw(rows)
     for path in sorted(args.results.glob("probe*.csv")):
-        tables[path.stem] = probe.render(list(csv.reader(path.read_text().splitlines())))
+        rows = list(csv.reader(path.read_text().splitlines()))
+        if len(rows) < 2 or len(set(map(len, rows))) > 1:
+            fail(f"{path} is no table with a head and rows of equal length")
+        tables[path.stem] = probe.render(rows)
     texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written
     if args.check:
         stale = [path for path, text in texts.items() if path.read_text() != text]

@@ -12,11 +12,10 @@ for the score.
 Runs on vectors trained with `--distractors k`: the share of each layer's attention that the n true entries receive,
 over the share of a uniform map; mean over all entries that pay. 1 is no preference, (n + k) / n all of it on the n.
 
-Runs called <name>__<seed>, as run.py calls them, make one row: mean ± standard deviation over their seeds.
+Runs called <task>__<arm>__<seed>, as run.py calls them, make one row: mean ± standard deviation over their seeds.
 """
 
 import csv
-import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -184,12 +183,18 @@ def attention_on_truth(agents: dict, settings: Args) -> list[list[str]]:
     return rows
 
 
+def without_seed(name: str) -> str:
+    """Of a run folder as run.py calls it, <task>__<arm>; any other name as it is."""
+    *start, seed = name.split("__")
+    return "__".join(start) if len(start) == 2 and seed.isdigit() else name
+
+
 def over_seeds(rows: list[list[str]]) -> list[list[str]]:
     """The same table, with one row for all runs that differ in their seed alone."""
     head, *rows = rows
     groups = {}
     for name, *cells in rows:
-        groups.setdefault(re.sub(r"__\d+$", "", name), []).append(cells)
+        groups.setdefault(without_seed(name), []).append(cells)
     if len(groups) == len(rows):
         return [head, *rows]
     table = [[name, str(len(group)), *map(mean_cell, zip(*group))] for name, group in groups.items()]

@@ -79,6 +79,7 @@ class Run:
     seed: int
     script: str
     arguments: dict[str, Any]  # of the script, by field name: all that the matrix decides
+    settings: dict[str, Any]  # all that decides what is learnt, the script's defaults as well
     threads: int
     gpus: float
     folder: Path
@@ -193,11 +194,12 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
             fail(f"{path}: arms.{label}: {str(error).removeprefix('error: ')}")
         # Some flags decide others (--paper-literal): these are what args.json will hold.
         arguments |= {name: getattr(checked, name) for name in arguments.keys() - {"device"}}
+        settings = vars(checked).keys() - script.MAY_CHANGE - {"run_dir", "checkpoint_interval"}
+        settings = {name: getattr(checked, name) for name in settings}
         place = runs / path.stem / f"{task.replace('/', '-')}__{label}__{seed}"
         result = result_path(results, path.stem, task, label, seed)
-        plan.append(
-            Run(index, task, label, seed, matrix["arms"][label]["script"], arguments, cpus, float(gpus), place, result)
-        )
+        name = matrix["arms"][label]["script"]
+        plan.append(Run(index, task, label, seed, name, arguments, settings, cpus, float(gpus), place, result))
     return plan
 
 
@@ -217,11 +219,11 @@ def difference(run: Run, path: Path) -> str:
     record = read_record(path)
     if record["script"] != run.script:
         return f"{path} is of {record['script']}, not of {run.script}"
-    for name, value in run.arguments.items():
-        flag = name.replace("_", "-")
-        if name not in record["arguments"]:
-            return f"{path} was made before --{flag} existed"
-        if record["arguments"][name] != value:
+    for name in run.arguments.keys() - record["arguments"].keys():
+        return f"{path} was made before --{name.replace('_', '-')} existed"
+    for name, value in (run.settings | run.arguments).items():  # a default may have changed since
+        if record["arguments"].get(name, value) != value:
+            flag = name.replace("_", "-")
             return f"{path} was made with --{flag} {record['arguments'][name]}, not {value}"
     return ""
 

@@ -99,9 +99,9 @@ def test_damaged_data_are_named_in_one_line_and_nothing_is_written(damage, made)
 
 
 def test_what_the_probe_found_is_a_table(made):
-    (made.results / "probe_x.csv").write_text("run,R²\nruns/x__1,0.25\nruns/x__2,0.75\n")
+    (made.results / "probe_x.csv").write_text("run,R²\nruns/x__a__1,0.25\nruns/x__a__2,0.75\n")
     made.documents[0].write_text("<!-- table: probe_x -->\n<!-- end -->\n")
-    assert rows_of(made) == [["run", "runs", "R²"], ["runs/x", "2", "0.50 ± 0.35"]]
+    assert rows_of(made) == [["run", "runs", "R²"], ["runs/x__a", "2", "0.50 ± 0.35"]]
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,14 @@ def test_probe_reads_what_is_linear_in_the_features_and_nothing_else():
 
 
 def test_runs_that_differ_in_the_seed_make_one_row():
-    rows = [["run", "a", "b"], ["runs/x__1", "0.40", "12"], ["runs/x__2", "0.60", "12"], ["pixels", "constant", "3"]]
-    assert probe.over_seeds(rows)[1:] == [["runs/x", "2", "0.50 ± 0.14", "12"], ["pixels", "1", "constant", "3"]]
+    rows = [["run", "a", "b"], ["runs/x-v1__a__1", "0.40", "12"], ["runs/x-v1__a__2", "0.60", "12"]]
+    rows.append(["pixels", "constant", "3"])
+    assert probe.over_seeds(rows)[1:] == [["runs/x-v1__a", "2", "0.50 ± 0.14", "12"], ["pixels", "1", "constant", "3"]]
     rows[2][1] = "constant"
-    assert probe.over_seeds(rows)[1] == ["runs/x", "2", "0.40 (1 of 2)", "12"]
+    assert probe.over_seeds(rows)[1] == ["runs/x-v1__a", "2", "0.40 (1 of 2)", "12"]
     assert probe.over_seeds(rows[:2]) == rows[:2]  # single runs are left as they are
+    rows = [rows[0], *([f"runs/x-v1__sprig_atari__1__{time}", "0", "0"] for time in (100, 200))]
+    assert probe.over_seeds(rows) == rows  # the scripts' own folders: what differs is the time
 
 
 def test_the_own_ships_position_is_where_the_memory_says():
