@@ -203,6 +203,9 @@ def check_args(args: Args) -> Args:
             fail(f"--device {args.device} is not a CPU or a GPU")
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    on_gpu = pick_device(args.device).type == "cuda"
+    if args.matmul_precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
+        fail("--matmul-precision bfloat16: this GPU does not compute in bfloat16; leave it out")
     if args.track:
         try:
             import wandb  # noqa: F401

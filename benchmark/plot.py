@@ -29,6 +29,7 @@ import csv
 import gzip
 import hashlib
 import json
+import math
 import re
 import tomllib
 import zlib
@@ -373,6 +374,11 @@ def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
         zero = f"a random agent's ({', '.join(zeros)})" if zeros else "a return of 0"
         text += f"\n\nAcross tasks, a score of 1 is {reference}'s mean and 0 is {zero}:\n\n{render(head, rows)}"
     text += f"\n\nIn brackets 95 % intervals; p-values are corrected after Holm; tests from {TESTABLE} seeds on."
+    seeds = {tuple(map(int, re.findall(r"\d+", row[3]))) for row in compare(matrix, runs, score)}
+    if max(map(min, seeds)) >= TESTABLE:
+        n, m = max(seeds, key=min)
+        floor = 2 / math.comb(n + m, n)
+        text += f" Permutations of {n} and {m} seeds cannot give a p under {p_value(floor)} before the correction."
     return text + (f" Not in it: {', '.join(left_out)}." if left_out else "")
 
 
