@@ -63,9 +63,11 @@ PUBLISHED = {  # of PPO: what it is, and each source's return
     "Walker2d-v5": ("1M steps, v4", {"CleanRL": 2287}),
     "InvertedPendulum-v5": ("1M steps, v4", {"CleanRL": 963}),
 }
+LEVELS = ("headline", "beamrider", "mujoco")  # matrices that show them: the tasks are undisturbed
 # Matrices that show Figure 2, its task, and its column for each arm.
 PAPER = (("headline", "beamrider"), "BeamRiderNoFrameskip-v4", {"ppo": "ppo_mean", "sprig": "sprig_mean"})
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+STYLES = [{"color": colour, "linestyle": line} for line in ("-", "--", ":") for colour in COLOURS]
 GREY = "#666666"
 
 
@@ -404,20 +406,20 @@ def command(matrix: Matrix) -> str:
 # ---------------------------------------------------------------- figures
 
 
-def draw_group(axis, group: list[Run], x: np.ndarray, colour: str, alpha: float) -> None:
+def draw_group(axis, group: list[Run], x: np.ndarray, style: dict[str, str], alpha: float) -> None:
     """A line per seed if they are few, else their mean and its band, of opacity `alpha`; x (POINTS, seeds)."""
     curves = np.array([run.curve for run in group])  # (seeds, points)
     if len(group) < FEW:
-        axis.plot(x, curves.T, color=colour, linewidth=1.1)
+        axis.plot(x, curves.T, **style, linewidth=1.1)
         return
     x = x.mean(1)
-    axis.plot(x, curves.mean(0), color=colour, linewidth=1.8)
+    axis.plot(x, curves.mean(0), **style, linewidth=1.8)
     known = np.isfinite(curves).all(0)
     low, high = interval(lambda sample: sample.mean(-1), curves.T[known])
-    axis.fill_between(x[known], low, high, color=colour, alpha=alpha, linewidth=0)
+    axis.fill_between(x[known], low, high, color=style["color"], alpha=alpha, linewidth=0)
 
 
-def draw_paper(axis, path: Path, colours: dict[str, str], total: float, unit: float) -> None:
+def draw_paper(axis, path: Path, styles: dict[str, dict], total: float, unit: float) -> None:
     """The paper's two curves, as read off its Figure 2, up to `total` agent steps."""
     try:
         with open(path) as file:
@@ -427,7 +429,8 @@ def draw_paper(axis, path: Path, colours: dict[str, str], total: float, unit: fl
         for arm, column in PAPER[2].items():
             values = np.interp(grid, columns["environment_interactions"], columns[column])
             label = f"paper's {arm.upper()}, read off its Figure 2"
-            axis.plot(grid / unit, values, color=colours[arm], linestyle=(0, (4, 2)), linewidth=1.4, label=label)
+            style = {"color": styles[arm]["color"], "linestyle": (0, (4, 2))}
+            axis.plot(grid / unit, values, **style, linewidth=1.4, label=label)
     except (OSError, KeyError, ValueError, IndexError) as error:
         fail(f"{path} is not the paper's digitised Figure 2: {error!r}")
 
@@ -474,7 +477,7 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat[2 * len(tasks) :] if not wide else ():
         panel.set_axis_off()
-    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(matrix.titles)}
+    styles = {arm: STYLES[i % len(STYLES)] for i, arm in enumerate(matrix.titles)}
     alpha = 0.2 if len(matrix.titles) < 6 else 0.1  # many bands one above the other
     counts = {arm: set() for arm in matrix.titles}  # numbers of seeds
     for i, (task, groups) in enumerate(runs.items()):
@@ -488,12 +491,12 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
             if all(len(run.games) for run in group):
                 times[key] = np.array([np.interp(grid, run.games[:, 0], run.games[:, 1]) for run in group]).T
             counts[key[1]].add(len(group))
-            draw_group(left, group, np.tile(grid[:, None] / unit, len(group)), colours[key[1]], alpha)
+            draw_group(left, group, np.tile(grid[:, None] / unit, len(group)), styles[key[1]], alpha)
         hours = max((time.max() for time in times.values()), default=0) > 2 * 3600
         for key, time in times.items():
-            draw_group(right, groups[key], time / (3600 if hours else 60), colours[key[1]], alpha)
-        if matrix.name in PAPER[0] and task == PAPER[1] and set(PAPER[2]) <= set(colours):
-            draw_paper(left, results / "figure2_beamrider.csv", colours, longest, unit)
+            draw_group(right, groups[key], time / (3600 if hours else 60), styles[key[1]], alpha)
+        if matrix.name in PAPER[0] and task == PAPER[1] and set(PAPER[2]) <= set(styles):
+            draw_paper(left, results / "figure2_beamrider.csv", styles, longest, unit)
         for axis in (left, right):
             if task in RANDOM:
                 axis.axhline(
@@ -507,12 +510,13 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
         left.set_title(task, fontsize=9)
         if wide:
             right.set_title(f"{task}, against time", fontsize=9)
-        draw_levels(left, task)
+        if matrix.name in LEVELS:
+            draw_levels(left, task)
     for panel in panels[:, 0]:
         panel.set_ylabel("return of a whole game", fontsize=8)
     shown = [arm for arm in matrix.titles if counts[arm]]
     seeds = ["–".join(str(n) for n in sorted({min(counts[arm]), max(counts[arm])})) for arm in shown]
-    legend = {f"{matrix.titles[arm]} (seeds: {n})": Line2D([], [], color=colours[arm]) for arm, n in zip(shown, seeds)}
+    legend = {f"{matrix.titles[arm]} (seeds: {n})": Line2D([], [], **styles[arm]) for arm, n in zip(shown, seeds)}
     for panel in panels.flat:  # the paper's curves and a random agent's
         legend |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels()) if label not in legend}
     place = {"loc": "outside upper center", "fontsize": 8, "frameon": False}
