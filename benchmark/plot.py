@@ -230,13 +230,20 @@ def improvement(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.array([np.mean((pairs > 0) + 0.5 * (pairs == 0))])
 
 
+known_intervals = {}  # what across_tasks has found, a tenth of a second each
+
+
 def across_tasks(x: np.ndarray, reference: np.ndarray, statistic: Callable) -> tuple[float, float, float]:
     """Estimate and the ends of rliable's 95 % stratified bootstrap interval; x and reference (seeds, tasks)."""
+    key = (x.shape, x.tobytes(), reference.tobytes(), statistic)
+    if key in known_intervals:
+        return known_intervals[key]
     state = np.random.get_state()  # noqa: NPY002 - rliable draws from the global generator, whatever random_state says
     np.random.seed(0)  # noqa: NPY002
     estimates, intervals = library.get_interval_estimates({"": [x, reference]}, statistic, reps=RESAMPLES)
     np.random.set_state(state)  # noqa: NPY002
-    return float(estimates[""][0]), *map(float, intervals[""][:, 0])
+    known_intervals[key] = float(estimates[""][0]), *map(float, intervals[""][:, 0])
+    return known_intervals[key]
 
 
 # ---------------------------------------------------------------- tables
@@ -369,6 +376,7 @@ def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
         return f"Nothing can be compared with {reference} yet: no arm was run on the same task for equally many steps."
     head = ["task", "agent steps", "arm", "seeds", f"{SCORES[score]} / {reference}'s", "difference"]
     text = render([*head, "Hedges' g", "Welch's p", "permutation p"], rows)
+    seeds = {tuple(map(int, re.findall(r"\d+", row[3]))) for row in rows}
     rows, left_out = aggregate(matrix, runs, score)
     if rows:
         head = ["arm", "tasks", "seeds", "interquartile mean", f"probability of improvement over {reference}"]
@@ -376,7 +384,6 @@ def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
         zero = f"a random agent's ({', '.join(zeros)})" if zeros else "a return of 0"
         text += f"\n\nAcross tasks, a score of 1 is {reference}'s mean and 0 is {zero}:\n\n{render(head, rows)}"
     text += f"\n\nIn brackets 95 % intervals; p-values are corrected after Holm; tests from {TESTABLE} seeds on."
-    seeds = {tuple(map(int, re.findall(r"\d+", row[3]))) for row in compare(matrix, runs, score)}
     if max(map(min, seeds)) >= TESTABLE:
         n, m = max(seeds, key=min)
         floor = 2 / math.comb(n + m, n)

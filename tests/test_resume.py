@@ -55,7 +55,7 @@ def whole(tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize(("name", "kills"), [("ppo_atari_baseline", 3), ("sprig_atari", 10)])
+@pytest.mark.parametrize(("name", "kills"), [("ppo_atari_baseline", 3), ("sprig_atari", 5)])
 def test_a_run_killed_again_and_again_ends_like_one_left_alone(name, kills, tmp_path):
     settings = {**RUN, "total_timesteps": 32 * (kills + 6), "checkpoint_interval": 32}
     whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(name)
