@@ -43,6 +43,12 @@ def fail(message: str):
     raise SystemExit(f"error: {message}")
 
 
+def render(head: list[str], rows: list[list]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|-" * len(head) + "|", *lines[1:]])
+
+
 def hardware(gpu: bool) -> dict:
     """Of this machine; `gpu` says whether the run may use one."""
     name = None

@@ -42,7 +42,7 @@ import probe
 import scale
 import speed
 import tyro
-from collect import fail
+from collect import fail, render
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
@@ -230,7 +230,7 @@ def improvement(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.array([np.mean((pairs > 0) + 0.5 * (pairs == 0))])
 
 
-known_intervals = {}  # what across_tasks has found, a tenth of a second each
+known_intervals = {}  # by their data: the tests draw the same tables again and again
 
 
 def across_tasks(x: np.ndarray, reference: np.ndarray, statistic: Callable) -> tuple[float, float, float]:
@@ -266,11 +266,6 @@ def summary(values: list[float | None]) -> str:
 
 def p_value(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
-
-
-def render(head: list[str], rows: list[list]) -> str:
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|-" * len(head) + "|", *lines[1:]])
 
 
 def scores_table(matrix: Matrix, runs: dict, others: list[Run]) -> str:
@@ -613,7 +608,8 @@ def main(args: Args) -> None:
         rows = list(csv.reader(path.read_text().splitlines()))
         if len(rows) < 2 or len(set(map(len, rows))) > 1:
             fail(f"{path} is no table with a head and rows of equal length")
-        tables[path.stem] = probe.render(rows)
+        head, *rows = probe.over_seeds(rows)
+        tables[path.stem] = render(head, rows)
     texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written
     if args.check:
         stale = [path for path, text in texts.items() if path.read_text() != text]

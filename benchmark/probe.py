@@ -28,7 +28,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from collect import fail
+from collect import fail, render
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
 from watch import load_run
@@ -211,12 +211,6 @@ def mean_cell(cells: tuple[str, ...]) -> str:
     return mean if len(known) == len(cells) else f"{mean} ({len(known)} of {len(cells)})"
 
 
-def render(rows: list[list[str]]) -> str:
-    table = over_seeds(rows)
-    lines = [f"| {' | '.join(row)} |" for row in table]
-    return "\n".join([lines[0], "|-" * len(table[0]) + "|", *lines[1:]])
-
-
 def check(settings: Args) -> None:
     """Ends with a one-line error before anything is loaded."""
     if not settings.runs:
@@ -250,7 +244,8 @@ def main(settings: Args) -> None:
         if any(args.observation_noise or args.distractors for _, args, *_ in agents.values()):
             fail("runs with --observation-noise or --distractors on Atari cannot be probed: the games here are clean")
     rows = (probe_states if all(atari) else attention_on_truth)(agents, settings)
-    print(render(rows))
+    head, *table = over_seeds(rows)
+    print(render(head, table))
     if settings.output:
         with settings.output.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)

@@ -219,8 +219,8 @@ def difference(run: Run, path: Path) -> str:
     record = read_record(path)
     if record["script"] != run.script:
         return f"{path} is of {record['script']}, not of {run.script}"
-    for name in run.arguments.keys() - record["arguments"].keys():
-        return f"{path} was made before --{name.replace('_', '-')} existed"
+    if missing := run.arguments.keys() - record["arguments"].keys():
+        return f"{path} was made before --{min(missing).replace('_', '-')} existed"
     for name, value in (run.settings | run.arguments).items():  # a default may have changed since
         if record["arguments"].get(name, value) != value:
             flag = name.replace("_", "-")

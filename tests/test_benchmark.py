@@ -225,6 +225,13 @@ def test_dry_run_only_and_states(folder, capsys):
     assert states()[0] == f"differs: {result} was made with --max-episode-steps 20, not 19"
     with pytest.raises(SystemExit, match=f"error: {result} was made with --max-episode-steps 20, not 19; move it away"):
         runner.main(runner.Args(matrix, results=runner.Path("results")))
+    matrix = write_matrix(changes={"seeds = [1]": "seeds = [1, 2, 3]"})
+    record = json.loads(runner.Path(result).read_text())
+    assert states()[0] == "done" and "ent_coef" not in matrix.read_text()
+    record["arguments"]["ent_coef"] = 0.5  # as if another default had been in force
+    runner.Path(result).write_text(json.dumps(record))
+    assert states()[0] == f"differs: {result} was made with --ent-coef 0.5, not 0.0"
+    matrix = write_matrix(changes={"seeds = [1]": "seeds = [1, 2, 3]", "steps = 20": "steps = 19"})
     shutil.rmtree("results")
     with pytest.raises(SystemExit, match="ppo__1/args.json was made with --max-episode-steps 20, not 19"):
         play_only(matrix)

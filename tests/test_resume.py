@@ -184,6 +184,11 @@ def test_changed_arguments_are_refused_by_name(script, saved):
         resume(script, saved, evaluate=str(saved))
     with pytest.raises(SystemExit, match="is not the folder of a run"):
         script.main(script.Args(resume=str(saved / "nothing")))
+    record = json.loads((saved / "args.json").read_text())
+    del record["arguments"]["gae_lambda"]
+    (saved / "args.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="was made by a version without --gae-lambda"):
+        resume(script, saved)
     (saved / "args.json").write_text("{")
     with pytest.raises(SystemExit, match="args.json is damaged"):
         script.main(script.Args(resume=str(saved)))
