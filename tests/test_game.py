@@ -1,6 +1,7 @@
 """SPRIG's game: who moves, along which gradient, and what attention costs."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import sysconfig
@@ -337,6 +338,25 @@ def test_default_products_leave_the_same_parameters_after_ten_updates(script):
         torch.manual_seed(1)
         for _ in range(10):
             step(leader, follower, *optimizers, batch, args)
+        moved.append(flat(leader, follower) - start)
+    assert moved[0].abs().max() > 1e-4
+    torch.testing.assert_close(*moved, atol=1e-5, rtol=0)
+
+
+def test_tiled_and_plain_attention_leave_the_same_parameters_after_ten_updates(monkeypatch):
+    attend, moved = sprig.attend, []
+    for fused in (True, False):
+        monkeypatch.setattr(sprig, "attend", functools.partial(attend, fused=fused))
+        torch.manual_seed(0)
+        args = sprig.Args(minibatch_size=20)
+        leader, follower, *optimizers = build(sprig, args)
+        for block in leader.blocks:
+            torch.nn.init.constant_(block.gate, 0.5)  # at 0 attention would not show
+        start = flat(leader, follower)
+        batch = random_batch(sprig, leader, follower, 20)
+        torch.manual_seed(1)
+        for _ in range(10):
+            sprig.stackelberg_step(leader, follower, *optimizers, batch, args)
         moved.append(flat(leader, follower) - start)
     assert moved[0].abs().max() > 1e-4
     torch.testing.assert_close(*moved, atol=1e-5, rtol=0)
