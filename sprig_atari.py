@@ -591,7 +591,8 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def tiles(query, key):
         """Yields (samples, their attention weights but for a factor per row, scratch memory), reusing two buffers."""
-        size, n = max(8, torch.get_num_threads()), query.shape[1]
+        n = query.shape[1]
+        size = max(torch.get_num_threads(), 1_300_000 // n**2)  # samples; two buffers of 5 MB
         query = query * math.log2(math.e)
         small = query.abs().amax() * key.abs().amax() * query.shape[-1] < 60  # no weight can overflow
         buffers = query.new_empty(2, size, n, n)
