@@ -323,22 +323,30 @@ def test_the_products_precision_is_the_one_asked_for(script, vendor, monkeypatch
         assert torch.backends.cudnn.allow_tf32 == (precision != "highest")
 
 
+def moved_by_ten_updates(script, gate=0.0, precision="highest"):
+    """What ten steps on one minibatch add to all parameters, from the same seeds every time."""
+    torch.manual_seed(0)
+    args = script.Args(minibatch_size=20)
+    leader, follower, *optimizers = build(script, args)
+    if gate:
+        for block in leader.blocks:
+            torch.nn.init.constant_(block.gate, gate)
+    start = flat(leader, follower)
+    batch = random_batch(script, leader, follower, 20)
+    script.set_matmul_precision(precision)
+    step = sprig.stackelberg_step if script is sprig else ppo.joint_step
+    torch.manual_seed(1)
+    for _ in range(10):
+        step(leader, follower, *optimizers, batch, args)
+    return flat(leader, follower) - start
+
+
 def test_default_products_leave_the_same_parameters_after_ten_updates(script):
     """Whichever library computes them. Where there is no AMX, "medium" is float32 by oneDNN, the default on AMD."""
     cpuinfo = Path("/proc/cpuinfo")
     amx = not cpuinfo.exists() or "amx" in cpuinfo.read_text()
-    step, moved = sprig.stackelberg_step if script is sprig else ppo.joint_step, []
-    for precision in ("highest", script.Args().matmul_precision if amx else "medium"):
-        torch.manual_seed(0)
-        args = script.Args(minibatch_size=8)
-        leader, follower, *optimizers = build(script, args)
-        start = flat(leader, follower)
-        batch = random_batch(script, leader, follower, 20)
-        script.set_matmul_precision(precision)
-        torch.manual_seed(1)
-        for _ in range(10):
-            step(leader, follower, *optimizers, batch, args)
-        moved.append(flat(leader, follower) - start)
+    precisions = ("highest", script.Args().matmul_precision if amx else "medium")
+    moved = [moved_by_ten_updates(script, precision=precision) for precision in precisions]
     assert moved[0].abs().max() > 1e-4
     torch.testing.assert_close(*moved, atol=1e-5, rtol=0)
 
@@ -347,17 +355,7 @@ def test_tiled_and_plain_attention_leave_the_same_parameters_after_ten_updates(m
     attend, moved = sprig.attend, []
     for fused in (True, False):
         monkeypatch.setattr(sprig, "attend", functools.partial(attend, fused=fused))
-        torch.manual_seed(0)
-        args = sprig.Args(minibatch_size=20)
-        leader, follower, *optimizers = build(sprig, args)
-        for block in leader.blocks:
-            torch.nn.init.constant_(block.gate, 0.5)  # at 0 attention would not show
-        start = flat(leader, follower)
-        batch = random_batch(sprig, leader, follower, 20)
-        torch.manual_seed(1)
-        for _ in range(10):
-            sprig.stackelberg_step(leader, follower, *optimizers, batch, args)
-        moved.append(flat(leader, follower) - start)
+        moved.append(moved_by_ten_updates(sprig, gate=0.5))  # at 0 attention would not show
     assert moved[0].abs().max() > 1e-4
     torch.testing.assert_close(*moved, atol=1e-5, rtol=0)
 
