@@ -16,7 +16,6 @@ import scale
 import speed
 from conftest import ROOT
 from rliable import metrics
-from scipy.stats import trim_mean
 
 MATRIX = (
     'question = "?"\ntasks = ["Task-v1", "other/Task-v1"]\nseeds = [1, 2, 3, 4, 5]\n[flags]\ntotal-timesteps = 1000\n'
@@ -137,7 +136,9 @@ def test_curve_averages_the_games_of_the_last_tenth():
 def test_interquartile_mean_is_a_trimmed_mean_relative_to_the_reference():
     rng = np.random.default_rng(1)
     x, reference = rng.normal(5, 1, (6, 3)), rng.normal(4, 1, (4, 3))
-    assert plot.relative_iqm(x, reference)[0] == pytest.approx(trim_mean((x / reference.mean(0)).ravel(), 0.25))
+    for n in range(1, 7):
+        scores = x[:n] / reference.mean(0)
+        assert plot.relative_iqm(x[:n], reference)[0] == pytest.approx(metrics.aggregate_iqm(scores))
     known = np.array([[0.0, 1], [2, 3], [4, 5], [6, 100]])  # the middle half of 8 scores is 2, 3, 4, 5
     assert plot.relative_iqm(known, np.ones((3, 2)))[0] == 3.5
     estimate, low, high = plot.across_tasks(x, reference, plot.relative_iqm)
@@ -256,60 +257,59 @@ def test_arms_that_the_matrix_does_not_name_are_listed_and_not_drawn(made):
 # ---------------------------------------------------------------- what is committed
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """Arguments for a copy of all that is committed."""
-    for name in ("results", "matrices"):
-        shutil.copytree(ROOT / "benchmark" / name, tmp_path / name)
-    documents = tuple(tmp_path / path.name for path in plot.Args.documents)
-    for path, target in zip(plot.Args.documents, documents):
-        shutil.copy(ROOT / path, target)
-    return plot.Args(tmp_path / "results", tmp_path / "matrices", documents, check=True)
-
-
 def test_committed_tables_and_figures_are_what_the_data_give(monkeypatch):
     monkeypatch.chdir(ROOT)
     plot.main(plot.Args(check=True))
     assert all(path.stat().st_size < 300_000 for path in (ROOT / "benchmark" / "results").glob("*.png"))
 
 
+@pytest.fixture
+def drawn(made):
+    """Arguments to check two matrices, m and n, each with a page and a figure that are what its data give."""
+    shutil.copy(made.matrices / "m.toml", made.matrices / "n.toml")
+    pages = tuple(made.matrices.with_name(f"page_{name}.md") for name in "mn")
+    for name, page in zip("mn", pages):
+        page.write_text(f"<!-- table: {name} -->\n<!-- end -->\n\n<!-- table: {name} comparison -->\n<!-- end -->\n")
+        for seed in (1, 2):
+            for arm, level in (("ppo", 100), ("a1", 150)):
+                put(made.results / name / "Task-v1", arm, seed, level + seed**2)
+    made = dataclasses.replace(made, documents=pages)
+    plot.main(made)
+    return dataclasses.replace(made, check=True)
+
+
 def forge_a_table(args):
-    text = args.documents[0].read_text()
-    score = r"(<!-- table: beamrider -->.*?\n\|-.*?\n\|.*?)(\d)( \|\n)"  # the last digit of the table's first row
-    forged = re.sub(score, lambda found: found[1] + str((int(found[2]) + 1) % 10) + found[3], text, count=1, flags=re.S)
-    assert forged != text
-    args.documents[0].write_text(forged)
-    return {"README.md"}, {"results.md", "beamrider.png", "mujoco.png"}
+    page = args.documents[0]
+    page.write_text(page.read_text().replace("| 101, 104 |", "| 101, 105 |", 1))
+    return {"page_m.md"}
 
 
 def forge_a_game(args):
-    path = args.results / "mujoco" / "HalfCheetah-v5" / "ppo_seed1.csv.gz"
+    path = args.results / "m" / "Task-v1" / "a1_seed2.csv.gz"
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     lines[-1] = ",".join([*lines[-1].split(",")[:2], "99999", "1000"])
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    return {"mujoco.png", "results.md"}, {"beamrider.png"}
+    return {"page_m.md", "m.png"}
 
 
 def lose_a_figure(args):
-    (args.results / "beamrider.png").unlink()
-    return {"beamrider.png"}, {"README.md", "results.md", "mujoco.png"}
+    (args.results / "m.png").unlink()
+    return {"m.png"}
 
 
 @pytest.mark.parametrize("forge", [forge_a_table, forge_a_game, lose_a_figure])
-def test_check_finds_what_was_tampered_with_and_writes_nothing(forge, copy):
-    stale, current = forge(copy)
-    before = {path: path.read_bytes() for path in copy.results.parent.rglob("*") if path.is_file()}
+def test_check_finds_what_was_tampered_with_and_writes_nothing_and_plot_mends_it(forge, drawn):
+    plot.main(drawn)
+    untouched = {path: path.read_bytes() for path in drawn.results.parent.rglob("*") if path.is_file()}
+    stale = forge(drawn)
+    before = {path: path.read_bytes() for path in drawn.results.parent.rglob("*") if path.is_file()}
+    assert before != untouched
     with pytest.raises(SystemExit, match="^error: not what the data give: ") as stop:
-        plot.main(copy)
-    named = set(re.findall(r"\w+\.(?:md|png)", str(stop.value)))
-    assert stale <= named and not named & current and "\n" not in str(stop.value)
-    assert before == {path: path.read_bytes() for path in copy.results.parent.rglob("*") if path.is_file()}
-
-
-def test_plot_mends_what_check_found(copy):
-    forge_a_game(copy)
-    plot.main(dataclasses.replace(copy, check=False))
-    plot.main(copy)
+        plot.main(drawn)
+    assert set(re.findall(r"\w+\.(?:md|png)", str(stop.value))) == stale and "\n" not in str(stop.value)
+    assert before == {path: path.read_bytes() for path in drawn.results.parent.rglob("*") if path.is_file()}
+    plot.main(dataclasses.replace(drawn, check=False))
+    plot.main(drawn)
 
 
 def test_two_runs_write_the_same_bytes(made):
