@@ -73,6 +73,7 @@ def load_run(run: Path):
     leader = script.Leader(envs.single_observation_space, args)
     follower = script.Follower(leader.num_features, envs.single_action_space)
     script.load_agent(run, leader, follower)
+    script.set_matmul_precision(args.matmul_precision)  # as in training
     return script, args, leader, follower, envs
 
 
