@@ -89,7 +89,7 @@ class Args:
     """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16; bfloat16 everywhere
     in the encoder, whose parameters stay float32 (docs/speed.md)"""
     compile: bool = False
-    """torch.compile the policy and the whole gradient step; on a CPU that does not pay here (docs/speed.md)"""
+    """torch.compile the policy and the gradient step; on a CPU that does not pay here (docs/speed.md)"""
     eval_episodes: int = 10
     """whole games played after training, on fresh seeds (0: none)"""
     eval_greedy: bool = False
@@ -151,8 +151,9 @@ class Args:
 
 
 def fail(message: str):
-    """A user's mistake: one line on stderr, exit code 1, no traceback."""
-    raise SystemExit(f"error: {message}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+    """A user's mistake: one line on stderr (of each process that finds it), exit code 1, no traceback."""
+    rank = int(os.environ.get("RANK", 0))  # torchrun's
+    raise SystemExit(f"error: {message}" + (f" (process {rank})" if rank else ""))
 
 
 def check_args(args: Args) -> Args:
@@ -293,8 +294,8 @@ def prepare_compiler() -> None:
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":  # by its number: torchrun gives each process a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(name)
 
 
@@ -402,6 +403,7 @@ class Disturbed(gym.vector.VectorWrapper):
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         super().__init__(envs)
         self.noise, self.distractors, self.delay = args.observation_noise, args.distractors, args.reward_delay
+        self.clip_rewards = args.clip_rewards
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
@@ -412,7 +414,8 @@ class Disturbed(gym.vector.VectorWrapper):
     def step(self, actions):
         obs, rewards, terminations, truncations, info = self.env.step(actions)
         if self.delay > 1:
-            self.unpaid += rewards
+            # Clipped before they are added up: the sign of a sum would not tell how many there were.
+            self.unpaid += np.sign(rewards) if self.clip_rewards else rewards
             self.steps += 1
             ended = terminations | truncations
             due = ended | (self.steps % self.delay == 0)
@@ -493,7 +496,6 @@ class Leader(nn.Module):
             size = (size - conv.kernel_size[0]) // conv.stride[0] + 1
         self.num_features = 64 * size**2
         self.low_precision = args.matmul_precision == "bfloat16"
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.low_precision):
@@ -678,7 +680,8 @@ def follower_loss(logits, values, batch: Batch, args: Args):
 # ==================================================================================================
 def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
     """The rewards (T, N) that the advantages are made of."""
-    return rollout.rewards.sign() if args.clip_rewards else rollout.rewards
+    delayed = args.reward_delay > 1  # and then clipped already, see Disturbed
+    return rollout.rewards.sign() if args.clip_rewards and not delayed else rollout.rewards
 
 
 def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
@@ -690,8 +693,11 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit variance, over the values of all processes."""
-    everything = torch.cat([values.to(x.device) for values in gather(x.cpu())]) if dist.is_initialized() else x
-    return (x - everything.mean()) / (everything.std() + 1e-8)
+    mean, num_processes = x.mean(), processes()[1]
+    average([mean])
+    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
+    average([variance])
+    return (x - mean) / (variance.sqrt() + 1e-8)
 
 
 @functools.lru_cache(maxsize=8)
@@ -1067,12 +1073,13 @@ class StopSignal:
     While `interrupt` is set, when all is saved already, the first raises KeyboardInterrupt.
     """
 
-    def __init__(self):
+    def __enter__(self):
         self.requested, self.interrupt, self.previous = False, False, {}
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def restore(self):
+    def __exit__(self, *exception):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -1094,6 +1101,12 @@ def main(args: Args) -> dict:
     args = check_args(args)
     if args.evaluate:
         return evaluate_run(args)
+    with StopSignal() as stop:
+        return train(args, stop)
+
+
+def train(args: Args, stop: StopSignal) -> dict:
+    """From the first rollout, or that after the newest checkpoint, to the evaluation."""
     keep_freed_memory()
     if args.compile:
         prepare_compiler()
@@ -1124,13 +1137,14 @@ def main(args: Args) -> dict:
         state = load_checkpoint(run_dir, parts)
         restore_random_state(state["random"])
         progress = state["progress"]
+        if progress["global_step"] > args.total_timesteps:
+            fail(f"--total-timesteps {args.total_timesteps}: {run_dir} has taken {progress['global_step']} already")
     else:
         save_checkpoint(run_dir, parts, progress)
     if rank == 0 and progress["global_step"] + args.num_steps * args.num_envs <= args.total_timesteps:
         set_aside(run_dir / "model.pt")  # of the end that this run had before it was extended
         set_aside(run_dir / "evaluation.json")
     writer = start_writer(run_dir, args, progress["global_step"]) if rank == 0 else None
-    stop = StopSignal()
 
     rollout = allocate_rollout(my_args, envs, device)
     rollout_size = args.num_steps * args.num_envs
@@ -1217,7 +1231,6 @@ def main(args: Args) -> dict:
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:
         print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
-    stop.restore()
     with writing(run_dir):
         writer.close()
     return evaluation

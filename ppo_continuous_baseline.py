@@ -94,7 +94,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16 (docs/speed.md)"""
     compile: bool = False
-    """torch.compile the policy and the whole gradient step: a start of a minute or two for shorter steps after it"""
+    """torch.compile the policy and the gradient step: a start of a minute or two for shorter steps after it"""
     eval_episodes: int = 10
     """whole games played after training, on fresh seeds (0: none)"""
     eval_greedy: bool = False
@@ -160,8 +160,9 @@ class Args:
 
 
 def fail(message: str):
-    """A user's mistake: one line on stderr, exit code 1, no traceback."""
-    raise SystemExit(f"error: {message}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+    """A user's mistake: one line on stderr (of each process that finds it), exit code 1, no traceback."""
+    rank = int(os.environ.get("RANK", 0))  # torchrun's
+    raise SystemExit(f"error: {message}" + (f" (process {rank})" if rank else ""))
 
 
 def check_args(args: Args) -> Args:
@@ -296,8 +297,8 @@ def prepare_compiler() -> None:
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":  # by its number: torchrun gives each process a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(name)
 
 
@@ -838,8 +839,11 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit variance, over the values of all processes."""
-    everything = torch.cat([values.to(x.device) for values in gather(x.cpu())]) if dist.is_initialized() else x
-    return (x - everything.mean()) / (everything.std() + 1e-8)
+    mean, num_processes = x.mean(), processes()[1]
+    average([mean])
+    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
+    average([variance])
+    return (x - mean) / (variance.sqrt() + 1e-8)
 
 
 @functools.lru_cache(maxsize=8)
@@ -1215,12 +1219,13 @@ class StopSignal:
     While `interrupt` is set, when all is saved already, the first raises KeyboardInterrupt.
     """
 
-    def __init__(self):
+    def __enter__(self):
         self.requested, self.interrupt, self.previous = False, False, {}
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def restore(self):
+    def __exit__(self, *exception):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -1242,6 +1247,12 @@ def main(args: Args) -> dict:
     args = check_args(args)
     if args.evaluate:
         return evaluate_run(args)
+    with StopSignal() as stop:
+        return train(args, stop)
+
+
+def train(args: Args, stop: StopSignal) -> dict:
+    """From the first rollout, or that after the newest checkpoint, to the evaluation."""
     keep_freed_memory()
     if args.compile:
         prepare_compiler()
@@ -1272,13 +1283,14 @@ def main(args: Args) -> dict:
         state = load_checkpoint(run_dir, parts)
         restore_random_state(state["random"])
         progress = state["progress"]
+        if progress["global_step"] > args.total_timesteps:
+            fail(f"--total-timesteps {args.total_timesteps}: {run_dir} has taken {progress['global_step']} already")
     else:
         save_checkpoint(run_dir, parts, progress)
     if rank == 0 and progress["global_step"] + args.num_steps * args.num_envs <= args.total_timesteps:
         set_aside(run_dir / "model.pt")  # of the end that this run had before it was extended
         set_aside(run_dir / "evaluation.json")
     writer = start_writer(run_dir, args, progress["global_step"]) if rank == 0 else None
-    stop = StopSignal()
 
     rollout = allocate_rollout(my_args, envs, device)
     rollout_size = args.num_steps * args.num_envs
@@ -1368,7 +1380,6 @@ def main(args: Args) -> dict:
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:
         print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
-    stop.restore()
     with writing(run_dir):
         writer.close()
     return evaluation

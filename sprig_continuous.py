@@ -102,7 +102,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16 (docs/speed.md)"""
     compile: bool = False
-    """torch.compile the policy and the whole gradient step: a start of a minute or two for shorter steps after it"""
+    """torch.compile the policy and the gradient step: a start of a minute or two for shorter steps after it"""
     eval_episodes: int = 10
     """whole games played after training, on fresh seeds (0: none)"""
     eval_greedy: bool = False
@@ -222,8 +222,9 @@ PAPER_LITERAL = {
 
 
 def fail(message: str):
-    """A user's mistake: one line on stderr, exit code 1, no traceback."""
-    raise SystemExit(f"error: {message}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+    """A user's mistake: one line on stderr (of each process that finds it), exit code 1, no traceback."""
+    rank = int(os.environ.get("RANK", 0))  # torchrun's
+    raise SystemExit(f"error: {message}" + (f" (process {rank})" if rank else ""))
 
 
 def check_args(args: Args) -> Args:
@@ -252,6 +253,12 @@ def check_args(args: Args) -> Args:
         fail(f"--correction-clamp must not be negative, but is {args.correction_clamp}")
     if args.leader_gradient != "first-order" and args.update != "stackelberg":
         fail(f"--leader-gradient {args.leader_gradient} needs a leader that moves first: set --update stackelberg")
+    if args.update in ("joint", "stopped", "separate"):
+        unused = ["cooperation_weight", "leader_objective", "leader_value_coef"]
+        unused += [] if args.perception_cost_in_reward else ["perception_cost_weight", "perception_cost", "cost_rows"]
+        for name in unused:
+            if getattr(args, name) != getattr(Args, name):
+                fail(f"--{name.replace('_', '-')} is of the leader's own loss, which --update {args.update} has not")
     if args.compile and args.leader_gradient != "first-order":
         fail("--compile has no second derivatives: set --leader-gradient first-order, or leave --compile out")
     if not 0 <= args.cooperation_weight <= 1:
@@ -376,8 +383,8 @@ def prepare_compiler() -> None:
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":  # by its number: torchrun gives each process a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(name)
 
 
@@ -704,8 +711,11 @@ def attend(query, key, value, fused: bool = True) -> torch.Tensor:
     """
     if not fused or query.shape[1] <= 100:
         return torch.bmm(attention_rows(query, key), value)
-    if query.is_cuda:
-        return F.scaled_dot_product_attention(*(x.unsqueeze(1) for x in (query, key, value))).squeeze(1)
+    if query.is_cuda:  # zeros change no product, but fused kernels for bfloat16 want widths that are multiples of 8
+        scale = query.shape[-1] ** -0.5
+        query, key = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (query, key))
+        heads = (x.unsqueeze(1) for x in (query, key, value))  # one
+        return F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
     return TiledAttention.apply(query * (math.log2(math.e) * query.shape[-1] ** -0.5), key, value)
 
 
@@ -1136,8 +1146,11 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit variance, over the values of all processes."""
-    everything = torch.cat([values.to(x.device) for values in gather(x.cpu())]) if dist.is_initialized() else x
-    return (x - everything.mean()) / (everything.std() + 1e-8)
+    mean, num_processes = x.mean(), processes()[1]
+    average([mean])
+    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
+    average([variance])
+    return (x - mean) / (variance.sqrt() + 1e-8)
 
 
 @functools.lru_cache(maxsize=8)
@@ -1221,11 +1234,12 @@ def simultaneous_step(leader, follower, leader_optimizer, follower_optimizer, mi
     features, attention = leader(minibatch.obs, num_rows=cost_rows(args))
     logits, values = follower(features)
     loss, info = follower_loss(logits, values, minibatch, args)
-    leaders_loss, _ = follower_loss(logits, values.detach(), minibatch, args)  # the value error is none of θ's business
     if args.update == "simultaneous":
         cost = perception_cost(attention, args.perception_cost)
         leaders_loss, leader_info = leader_loss(logits, values, cost, minibatch, args)  # Eq. (8)
         info |= leader_info
+    else:  # PPO's, but the value error is none of θ's business
+        leaders_loss, _ = follower_loss(logits, values.detach(), minibatch, args)
     leaders_gradients = differentiate(leaders_loss, theta, retain_graph=True)
     gradients = differentiate(loss, phi)
     if args.update == "stopped":  # under one norm clip, as in PPO
@@ -1356,27 +1370,21 @@ def call_with(module: nn.Module, parameters: list[torch.Tensor], *inputs, **opti
 def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
     """SPRIG: leader, then follower, on one minibatch (Algorithm 1, lines 6-18)."""
     theta, phi = (list(named_parameters(player).values()) for player in (leader, follower))
-    seen, outcomes = {}, []
+    outcomes = []
 
-    def perceive(theta):
-        """Once for the same θ: all losses share the features, and the cost the rows that it has sampled."""
-        if seen.get("theta") is not theta:
-            features, attention = call_with(leader, theta, minibatch.obs, num_rows=cost_rows(args))  # line 7
-            cost = perception_cost(attention, args.perception_cost)  # line 8, Eq. (9)
-            seen.update(theta=theta, features=features, cost=cost)
-        return seen["features"], seen["cost"]
+    # 1. The leader moves: ascend u_L in θ, φ held fixed (line 12) or anticipated (Eq. 6).
+    features, attention = leader(minibatch.obs, num_rows=cost_rows(args))  # line 7
+    cost = perception_cost(attention, args.perception_cost)  # line 8, Eq. (9)
 
-    def leader_loss_fn(theta, phi):
-        features, cost = perceive(theta)
+    def leader_loss_fn(_, phi):  # of the leader's own θ, at which the features above were computed
         logits, values = call_with(follower, phi, features)  # line 9
         loss, info = leader_loss(logits, values, cost, minibatch, args)  # lines 10-11
         outcomes.append((loss.detach(), logits.detach(), info))
         return loss
 
-    def follower_loss_fn(theta, phi):
-        return follower_loss(*call_with(follower, phi, perceive(theta)[0]), minibatch, args)[0]
+    def follower_loss_fn(_, phi):
+        return follower_loss(*call_with(follower, phi, features), minibatch, args)[0]
 
-    # 1. The leader moves: ascend u_L in θ, φ held fixed (line 12) or anticipated (Eq. 6).
     options = {"step_size": args.unroll_step_size, "num_steps": args.unroll_steps, "damping": args.implicit_damping}
     options |= {"cg_iterations": args.cg_iterations, "cg_tolerance": args.cg_tolerance, "clamp": args.correction_clamp}
     gradient_info = {}
@@ -1712,12 +1720,13 @@ class StopSignal:
     While `interrupt` is set, when all is saved already, the first raises KeyboardInterrupt.
     """
 
-    def __init__(self):
+    def __enter__(self):
         self.requested, self.interrupt, self.previous = False, False, {}
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def restore(self):
+    def __exit__(self, *exception):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -1739,6 +1748,12 @@ def main(args: Args) -> dict:
     args = check_args(args)
     if args.evaluate:
         return evaluate_run(args)
+    with StopSignal() as stop:
+        return train(args, stop)
+
+
+def train(args: Args, stop: StopSignal) -> dict:
+    """From the first rollout, or that after the newest checkpoint, to the evaluation."""
     keep_freed_memory()
     if args.compile:
         prepare_compiler()
@@ -1769,13 +1784,14 @@ def main(args: Args) -> dict:
         state = load_checkpoint(run_dir, parts)
         restore_random_state(state["random"])
         progress = state["progress"]
+        if progress["global_step"] > args.total_timesteps:
+            fail(f"--total-timesteps {args.total_timesteps}: {run_dir} has taken {progress['global_step']} already")
     else:
         save_checkpoint(run_dir, parts, progress)
     if rank == 0 and progress["global_step"] + args.num_steps * args.num_envs <= args.total_timesteps:
         set_aside(run_dir / "model.pt")  # of the end that this run had before it was extended
         set_aside(run_dir / "evaluation.json")
     writer = start_writer(run_dir, args, progress["global_step"]) if rank == 0 else None
-    stop = StopSignal()
 
     rollout = allocate_rollout(my_args, envs, device)
     rollout_size = args.num_steps * args.num_envs
@@ -1865,7 +1881,6 @@ def main(args: Args) -> dict:
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:
         print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
-    stop.restore()
     with writing(run_dir):
         writer.close()
     return evaluation

@@ -177,7 +177,7 @@ def test_robustness_switches_disturb_what_is_seen_and_delay_what_is_paid(script)
         noisy.append(difference[..., 12:, :][inside])
         if t % 50 == 0:
             assert seen[..., :12, :].mean() == pytest.approx(127.5, abs=3) and seen[..., :12, :].std() > 70
-        unpaid += rewards
+        unpaid += np.sign(rewards)  # clipped one by one: a sum's sign would lose how many there were
         delayed += ((rewards != 0) & (paid == 0)).sum()
         ended = terms | truncs
         assert (paid[ended] == unpaid[ended]).all() and ((paid == unpaid) | (paid == 0)).all()
@@ -188,6 +188,10 @@ def test_robustness_switches_disturb_what_is_seen_and_delay_what_is_paid(script)
             assert step[3]["final_obs"].shape == info["final_obs"].shape
     assert np.concatenate(noisy).std() == pytest.approx(0.1 * 255, rel=0.05)
     assert games >= 2 and delayed > 0
+    for clip, delay, learns_from in ((True, 1, 1.0), (True, 7, 3.0), (False, 1, 3.0), (False, 7, 3.0)):
+        args = script.Args(clip_rewards=clip, reward_delay=delay)
+        rollout = script.Rollout(*(torch.full((2, 1), 3.0) for _ in range(8)))
+        assert (script.learner_rewards(rollout, None, args) == learns_from).all(), "clipped once, before it is summed"
 
 
 IMPOSSIBLE = [({"distractors": 85}, "84 rows"), ({"reward_delay": 0}, "must be"), ({"observation_noise": -1.0}, "must")]

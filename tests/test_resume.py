@@ -125,6 +125,13 @@ def test_two_checkpoints_are_kept_and_a_run_can_be_extended(script, saved):
     assert not torch.equal(first["hidden.weight"], second["hidden.weight"])
 
 
+def test_a_run_cannot_be_resumed_to_a_step_that_lies_behind_it(script, saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(SystemExit, match="--total-timesteps 128: .* has taken 256 already"):
+        resume(script, saved, total_timesteps=128)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before, "nothing is changed"
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "incomplete", "other networks", "malicious"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(script, saved, whole, damage, capsys):
     newest, older = script.checkpoint_paths(saved)

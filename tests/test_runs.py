@@ -121,6 +121,28 @@ def test_bad_input_is_one_clear_line(script, case, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
+@pytest.mark.parametrize("update", ["joint", "stopped", "separate"])
+def test_a_setting_of_a_loss_that_is_not_there_is_refused(update):
+    """Or an ablation would report arms that are one and the same as two."""
+    script = TWINS["sprig_atari"]
+    for flag, value in {"leader_value_coef": 0.5, "perception_cost": "l1", "cooperation_weight": 0.1}.items():
+        with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} is of the leader's own loss"):
+            script.check_args(script.Args(update=update, **{flag: value}))
+    script.check_args(script.Args(update=update, perception_cost="l1", perception_cost_in_reward=True))
+
+
+def test_a_gpu_has_a_number_and_each_process_its_own(script, monkeypatch):
+    assert script.pick_device("cuda") == torch.device("cuda:0"), "torch.cuda.set_device takes no other"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert script.pick_device("cuda") == torch.device("cuda:3") and script.pick_device("cpu").type == "cpu"
+
+
+def test_what_one_process_alone_finds_wrong_is_said(script, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match=r"error: --gamma must lie in .* \(process 1\)$"):
+        script.check_args(script.Args(gamma=2.0))
+
+
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_cooperation_weight_outside_0_1_is_refused(alpha):
     script = TWINS["sprig_atari"]

@@ -1,0 +1,78 @@
+"""What only a GPU can show. Skipped where there is none."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONTINUOUS, TWINS, build, random_batch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SMALL = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "minibatch_size": 32, "eval_episodes": 1}
+SMALL |= {"max_episode_steps": 40, "threads": 1}
+SCRIPTS = {**TWINS, **CONTINUOUS}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("changes", [{}, {"compile": True}, {"matmul_precision": "bfloat16"}], ids=str)
+def test_trains_resumes_and_is_evaluated_on_the_cpu(name, changes, tmp_path):
+    if name in CONTINUOUS and "matmul_precision" in changes:
+        pytest.skip("the vector scripts have no such precision")
+    script, run = SCRIPTS[name], tmp_path / "run"
+    family = {"env_id": "Pendulum-v1"} if name in CONTINUOUS else {}
+    args = script.Args(run_dir=str(run), device="cuda", **SMALL, **family, **changes)
+    script.main(args)
+    script.main(dataclasses.replace(args, resume=str(run), run_dir=str(run), total_timesteps=192))
+    evaluation = script.main(dataclasses.replace(script.read_args(run), evaluate=str(run), device="cpu"))
+    assert np.isfinite(evaluation["returns"]).all()
+    assert json.loads((run / "args.json").read_text())["arguments"]["device"] == "cuda"
+
+
+def on_gpu(script, args):
+    """Players, optimizers and a minibatch on the GPU, as in training."""
+    leader, follower, *_ = build(script, args)
+    batch = random_batch(script, leader, follower, 64)
+    leader, follower = leader.cuda(), follower.cuda()
+    optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
+    return leader, follower, *optimizers, script.Batch(*(column.cuda() for column in batch))
+
+
+UPDATES = ["stackelberg", "simultaneous", "stopped", "joint"]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_no_gradient_step_waits_for_the_gpu(script, update):
+    args = script.Args(**({"update": update} if hasattr(script.Args, "update") else {}))
+    *players, batch = on_gpu(script, args)
+    step = {"stackelberg": getattr(script, "stackelberg_step", None), "joint": script.joint_step}.get(update)
+    step = step or getattr(script, "simultaneous_step", script.joint_step)
+    step(*players, batch, args)  # the first one prepares kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*players, script.select_minibatch(batch, torch.arange(64, device="cuda"), args), args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("leader_gradient", ["first-order", "unrolled", "implicit"])
+def test_a_step_on_the_gpu_is_the_step_on_the_cpu(leader_gradient):
+    """All rows are paid for, since the devices would draw others."""
+    script = TWINS["sprig_atari"]
+    args = script.Args(leader_gradient=leader_gradient, cost_rows=0, implicit_damping=500.0)
+    ends = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(1)
+        leader, follower, *_ = build(script, args)
+        batch = random_batch(script, leader, follower, 16)
+        leader, follower = leader.to(device), follower.to(device)
+        optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
+        script.stackelberg_step(
+            leader, follower, *optimizers, script.Batch(*(column.to(device) for column in batch)), args
+        )
+        ends.append(
+            torch.cat([p.detach().cpu().flatten() for player in (leader, follower) for p in player.parameters()])
+        )
+    torch.testing.assert_close(*ends, atol=2.5e-4, rtol=0)  # Adam's first step is ± the step size, 1e-4
+    assert (ends[0] - ends[1]).abs().mean() < 1e-5
