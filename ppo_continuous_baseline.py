@@ -167,23 +167,20 @@ def fail(message: str):
 
 def check_args(args: Args) -> Args:
     """Refuse, before anything is written or trained, whatever could only go wrong later."""
-    sizes = ("num_envs", "num_steps", "minibatch_size", "update_epochs", "total_timesteps", "reward_delay")
-    for name in sizes:
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    not_negative = ("seed", "threads", "eval_episodes", "checkpoint_interval", "ent_coef", "vf_coef")
-    not_negative += ("observation_noise", "distractors", "max_episode_steps")
-    for name in not_negative:
-        if not getattr(args, name) >= 0:
-            fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
-    if args.target_kl is not None and not args.target_kl > 0:
-        fail(f"--target-kl must be positive, not {args.target_kl}")
+    at_least_1 = "num_envs num_steps minibatch_size update_epochs total_timesteps reward_delay"
+    not_negative = "seed threads eval_episodes checkpoint_interval ent_coef vf_coef observation_noise distractors"
+    not_negative += " max_episode_steps"
+    bounds = [
+        (at_least_1, lambda value: value >= 1, "must be at least 1"),
+        (not_negative, lambda value: value >= 0, "must not be negative"),
+        ("learning_rate clip_coef max_grad_norm target_kl", lambda value: value > 0, "must be positive"),
+        ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
+    ]
+    for names, holds, rule in bounds:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):  # NaN keeps no bound
+                fail(f"--{name.replace('_', '-')} {rule}, not {value}")
     if args.seed >= 2**32:
         fail(f"--seed must be less than 2**32, not {args.seed}")
     if args.resume and args.evaluate:

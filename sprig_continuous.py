@@ -229,28 +229,23 @@ def fail(message: str):
 
 def check_args(args: Args) -> Args:
     """Refuse, before anything is written or trained, whatever could only go wrong later."""
-    sizes = ("num_envs", "num_steps", "minibatch_size", "update_epochs", "total_timesteps", "reward_delay")
-    sizes += ("unroll_steps", "cg_iterations")
-    for name in sizes:
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    not_negative = ("seed", "threads", "eval_episodes", "checkpoint_interval", "ent_coef", "vf_coef")
-    not_negative += ("observation_noise", "distractors", "max_episode_steps")
-    not_negative += ("perception_cost_weight", "cost_rows", "leader_value_coef", "implicit_damping", "cg_tolerance")
-    for name in not_negative:
-        if not getattr(args, name) >= 0:
-            fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    positive = ("learning_rate", "clip_coef", "max_grad_norm", "unroll_step_size")
-    for name in (*positive, "leader_rate_factor", "feature_scale"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
-    if args.target_kl is not None and not args.target_kl > 0:
-        fail(f"--target-kl must be positive, not {args.target_kl}")
-    if args.correction_clamp is not None and not args.correction_clamp >= 0:
-        fail(f"--correction-clamp must not be negative, but is {args.correction_clamp}")
+    at_least_1 = "num_envs num_steps minibatch_size update_epochs total_timesteps reward_delay"
+    not_negative = "seed threads eval_episodes checkpoint_interval ent_coef vf_coef observation_noise distractors"
+    not_negative += " max_episode_steps"
+    at_least_1 += " unroll_steps cg_iterations"
+    not_negative += " perception_cost_weight cost_rows leader_value_coef implicit_damping cg_tolerance correction_clamp"
+    bounds = [
+        (at_least_1, lambda value: value >= 1, "must be at least 1"),
+        (not_negative, lambda value: value >= 0, "must not be negative"),
+        ("learning_rate clip_coef max_grad_norm target_kl", lambda value: value > 0, "must be positive"),
+        ("unroll_step_size leader_rate_factor feature_scale", lambda value: value > 0, "must be positive"),
+        ("gamma gae_lambda cooperation_weight", lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
+    ]
+    for names, holds, rule in bounds:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):  # NaN keeps no bound
+                fail(f"--{name.replace('_', '-')} {rule}, not {value}")
     if args.leader_gradient != "first-order" and args.update != "stackelberg":
         fail(f"--leader-gradient {args.leader_gradient} needs a leader that moves first: set --update stackelberg")
     if args.update in ("joint", "stopped", "separate"):
@@ -261,8 +256,6 @@ def check_args(args: Args) -> Args:
                 fail(f"--{name.replace('_', '-')} is of the leader's own loss, which --update {args.update} has not")
     if args.compile and args.leader_gradient != "first-order":
         fail("--compile has no second derivatives: set --leader-gradient first-order, or leave --compile out")
-    if not 0 <= args.cooperation_weight <= 1:
-        fail(f"--cooperation-weight must lie in [0, 1], not {args.cooperation_weight}")
     if args.perception_cost_in_reward and args.attention == "none":
         fail("--perception-cost-in-reward needs attention to pay for, but --attention is none")
     if args.paper_literal:
