@@ -6,7 +6,6 @@
 #     "ale-py==0.12.1",
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
-#     "opencv-python==5.0.0.93",
 #     "tqdm==4.70.1",
 #     "numpy==2.4.6",
 # ]

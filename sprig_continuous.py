@@ -232,13 +232,13 @@ def check_args(args: Args) -> Args:
     at_least_1 = "num_envs num_steps minibatch_size update_epochs total_timesteps reward_delay"
     not_negative = "seed threads eval_episodes checkpoint_interval ent_coef vf_coef observation_noise distractors"
     not_negative += " max_episode_steps"
+    positive = "learning_rate clip_coef max_grad_norm target_kl unroll_step_size leader_rate_factor feature_scale"
     at_least_1 += " unroll_steps cg_iterations"
     not_negative += " perception_cost_weight cost_rows leader_value_coef implicit_damping cg_tolerance correction_clamp"
     bounds = [
         (at_least_1, lambda value: value >= 1, "must be at least 1"),
         (not_negative, lambda value: value >= 0, "must not be negative"),
-        ("learning_rate clip_coef max_grad_norm target_kl", lambda value: value > 0, "must be positive"),
-        ("unroll_step_size leader_rate_factor feature_scale", lambda value: value > 0, "must be positive"),
+        (positive, lambda value: value > 0, "must be positive"),
         ("gamma gae_lambda cooperation_weight", lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
     ]
     for names, holds, rule in bounds:

@@ -29,13 +29,13 @@ def test_trains_resumes_and_is_evaluated_on_the_cpu(name, changes, tmp_path):
     assert json.loads((run / "args.json").read_text())["arguments"]["device"] == "cuda"
 
 
-def on_gpu(script, args):
-    """Players, optimizers and a minibatch on the GPU, as in training."""
+def build_on(device, script, args):
+    """Players, optimizers and a minibatch on a device, as in training."""
     leader, follower, *_ = build(script, args)
     batch = random_batch(script, leader, follower, 64)
-    leader, follower = leader.cuda(), follower.cuda()
+    leader, follower = leader.to(device), follower.to(device)
     optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
-    return leader, follower, *optimizers, script.Batch(*(column.cuda() for column in batch))
+    return leader, follower, *optimizers, script.Batch(*(column.to(device) for column in batch))
 
 
 UPDATES = ["stackelberg", "simultaneous", "stopped", "joint"]
@@ -44,7 +44,7 @@ UPDATES = ["stackelberg", "simultaneous", "stopped", "joint"]
 @pytest.mark.parametrize("update", UPDATES)
 def test_no_gradient_step_waits_for_the_gpu(script, update):
     args = script.Args(**({"update": update} if hasattr(script.Args, "update") else {}))
-    *players, batch = on_gpu(script, args)
+    *players, batch = build_on("cuda", script, args)
     step = {"stackelberg": getattr(script, "stackelberg_step", None), "joint": script.joint_step}.get(update)
     step = step or getattr(script, "simultaneous_step", script.joint_step)
     step(*players, batch, args)  # the first one prepares kernels
@@ -61,16 +61,12 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(leader_gradient):
     """All rows are paid for, since the devices would draw others."""
     script = TWINS["sprig_atari"]
     args = script.Args(leader_gradient=leader_gradient, cost_rows=0, implicit_damping=500.0)
+    script.set_matmul_precision("highest")  # no TF32, in convolutions neither
     ends = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(1)
-        leader, follower, *_ = build(script, args)
-        batch = random_batch(script, leader, follower, 16)
-        leader, follower = leader.to(device), follower.to(device)
-        optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
-        script.stackelberg_step(
-            leader, follower, *optimizers, script.Batch(*(column.to(device) for column in batch)), args
-        )
+        leader, follower, *optimizers, batch = build_on(device, script, args)
+        script.stackelberg_step(leader, follower, *optimizers, batch, args)
         ends.append(
             torch.cat([p.detach().cpu().flatten() for player in (leader, follower) for p in player.parameters()])
         )
