@@ -673,6 +673,13 @@ def action_distribution(logits: torch.Tensor) -> Distribution:
     return Independent(Normal(mean, log_std.exp(), validate_args=False), 1, validate_args=False)
 
 
+def sample(policy: Distribution) -> torch.Tensor:
+    """policy.sample(), draw for draw, but for its checks, on whose outcome the host would wait for a GPU."""
+    if isinstance(policy, Categorical):
+        return (policy.probs / torch.empty_like(policy.probs).exponential_()).argmax(-1)
+    return policy.rsample()
+
+
 # ==================================================================================================
 # Rollout
 # ==================================================================================================
@@ -722,10 +729,12 @@ def collect_rollout(
     rewards, terminations, dones = (np.zeros((num_steps, num_envs), dtype=np.float32) for _ in range(3))
     cuts, games, policies = [], [], []
     policy = torch.compile(act) if compiled else act
+    on_gpu = rollout.obs.is_cuda  # it copies from page-locked memory while the host goes on
+    staging = torch.empty(obs.shape, dtype=rollout.obs.dtype, pin_memory=on_gpu)
     for t in range(num_steps):
-        rollout.obs[t].copy_(torch.from_numpy(obs))
+        rollout.obs[t].copy_(staging.copy_(torch.from_numpy(obs)), non_blocking=on_gpu)
         logits, rollout.values[t] = policy(leader, follower, rollout.obs[t])
-        rollout.actions[t] = action = action_distribution(logits).sample()
+        rollout.actions[t] = action = sample(action_distribution(logits))
         policies.append(logits)
 
         obs, rewards[t], terminated, truncated, info = envs.step(action.cpu().numpy())

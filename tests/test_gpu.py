@@ -1,19 +1,22 @@
-"""What only a GPU can show. Skipped where there is none."""
+"""The scripts on a GPU. What needs one is skipped where there is none; the rest is shown on PyTorch's "meta" device."""
 
+import contextlib
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import CONTINUOUS, TWINS, build, random_batch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SMALL = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "minibatch_size": 32, "eval_episodes": 1}
 SMALL |= {"max_episode_steps": 40, "threads": 1}
 SCRIPTS = {**TWINS, **CONTINUOUS}
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("changes", [{}, {"compile": True}, {"matmul_precision": "bfloat16"}], ids=str)
 def test_trains_resumes_and_is_evaluated_on_the_cpu(name, changes, tmp_path):
@@ -34,19 +37,53 @@ def build_on(device, script, args):
     leader, follower, *_ = build(script, args)
     batch = random_batch(script, leader, follower, 64)
     leader, follower = leader.to(device), follower.to(device)
-    optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
+    make_optimizer = script.make_optimizer if device != "meta" else descent  # fused Adam knows no such device
+    optimizers = [make_optimizer(player, args) for player in (leader, follower)]
     return leader, follower, *optimizers, script.Batch(*(column.to(device) for column in batch))
+
+
+def descent(player, args):
+    return torch.optim.SGD([{"params": sys.modules[type(player).__module__].one_vector(player)}], lr=args.learning_rate)
+
+
+def step_of(script, update):
+    step = {"stackelberg": getattr(script, "stackelberg_step", None), "joint": script.joint_step}.get(update)
+    return step or getattr(script, "simultaneous_step", script.joint_step)
 
 
 UPDATES = ["stackelberg", "simultaneous", "stopped", "joint"]
 
 
 @pytest.mark.parametrize("update", UPDATES)
+def test_no_gradient_step_asks_the_device_for_a_number(script, update, monkeypatch):
+    """A tensor on "meta" has no values: whatever would wait for them raises. Mixed devices raise as well."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+    args = script.Args(**({"update": update} if hasattr(script.Args, "update") else {}))
+    *players, batch = build_on("meta", script, args)
+    minibatch = script.select_minibatch(batch, torch.arange(64, device="meta"), args)
+    info = step_of(script, update)(*players, minibatch, args)
+    assert {value.device.type for value in info.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_actions_are_drawn_as_the_distribution_draws_them(name):
+    script = SCRIPTS[name]
+    for shape in [(500, 6)] + [(500, 2, 3)] * (name in CONTINUOUS):  # logits; mean and log standard deviation
+        logits = 2 * torch.randn(shape)
+        policy = script.action_distribution(logits)
+        torch.manual_seed(3)
+        expected, random_state = policy.sample(), torch.get_rng_state()
+        torch.manual_seed(3)
+        assert torch.equal(script.sample(policy), expected)
+        assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@needs_gpu
+@pytest.mark.parametrize("update", UPDATES)
 def test_no_gradient_step_waits_for_the_gpu(script, update):
     args = script.Args(**({"update": update} if hasattr(script.Args, "update") else {}))
     *players, batch = build_on("cuda", script, args)
-    step = {"stackelberg": getattr(script, "stackelberg_step", None), "joint": script.joint_step}.get(update)
-    step = step or getattr(script, "simultaneous_step", script.joint_step)
+    step = step_of(script, update)
     step(*players, batch, args)  # the first one prepares kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -56,6 +93,7 @@ def test_no_gradient_step_waits_for_the_gpu(script, update):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_gpu
 @pytest.mark.parametrize("leader_gradient", ["first-order", "unrolled", "implicit"])
 def test_a_step_on_the_gpu_is_the_step_on_the_cpu(leader_gradient):
     """All rows are paid for, since the devices would draw others."""
