@@ -46,6 +46,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -190,6 +191,8 @@ def check_args(args: Args) -> Args:
             f"--minibatch-size {args.minibatch_size} does not divide the rollout of "
             f"{args.num_envs} environments x {args.num_steps} steps = {rollout_size}"
         )
+    if "WORLD_SIZE" in os.environ and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        fail("WORLD_SIZE is set, but not all that torchrun sets beside it: start with torchrun, or unset WORLD_SIZE")
     for name in ("num_envs", "minibatch_size"):
         if getattr(args, name) % int(os.environ.get("WORLD_SIZE", 1)):
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -1384,7 +1387,9 @@ def train(args: Args, stop: StopSignal) -> dict:
                 writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:
-        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        launcher = f"torchrun --nproc-per-node={num_processes}" if num_processes > 1 else "python"
+        resume = f"{launcher} {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
+        print(f"stopped at step {global_step}; continue with: {resume}")
     with writing(run_dir):
         writer.close()
     return evaluation

@@ -39,6 +39,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -237,12 +238,21 @@ def check_args(args: Args) -> Args:
         fail(f"--distractors {args.distractors} is more than the 84 rows of pixels of a frame")
     if args.leader_gradient != "first-order" and args.update != "stackelberg":
         fail(f"--leader-gradient {args.leader_gradient} needs a leader that moves first: set --update stackelberg")
+    idle = []  # settings that nothing reads, and why
     if args.update in ("joint", "stopped", "separate"):
-        unused = ["cooperation_weight", "leader_objective", "leader_value_coef"]
-        unused += [] if args.perception_cost_in_reward else ["perception_cost_weight", "perception_cost", "cost_rows"]
-        for name in unused:
+        costs = [] if args.perception_cost_in_reward else ["perception_cost_weight", "perception_cost", "cost_rows"]
+        reason = f"--update {args.update} has no loss of the leader's own"
+        idle.append((["cooperation_weight", "leader_objective", "leader_value_coef", *costs], reason))
+    if args.leader_gradient != "unrolled":
+        idle.append((["unroll_steps", "unroll_step_size"], "it is of --leader-gradient unrolled"))
+    if args.leader_gradient != "implicit":
+        idle.append((["implicit_damping", "cg_iterations", "cg_tolerance"], "it is of --leader-gradient implicit"))
+    if args.leader_gradient == "first-order":
+        idle.append((["correction_clamp"], "it is of --leader-gradient unrolled and implicit"))
+    for names, reason in idle:
+        for name in names:
             if getattr(args, name) != getattr(Args, name):
-                fail(f"--{name.replace('_', '-')} is of the leader's own loss, which --update {args.update} has not")
+                fail(f"--{name.replace('_', '-')} would do nothing here: {reason}")
     if args.compile and args.leader_gradient != "first-order":
         fail("--compile has no second derivatives: set --leader-gradient first-order, or leave --compile out")
     if args.perception_cost_in_reward and args.attention == "none":
@@ -262,6 +272,8 @@ def check_args(args: Args) -> Args:
             f"--minibatch-size {args.minibatch_size} does not divide the rollout of "
             f"{args.num_envs} environments x {args.num_steps} steps = {rollout_size}"
         )
+    if "WORLD_SIZE" in os.environ and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        fail("WORLD_SIZE is set, but not all that torchrun sets beside it: start with torchrun, or unset WORLD_SIZE")
     for name in ("num_envs", "minibatch_size"):
         if getattr(args, name) % int(os.environ.get("WORLD_SIZE", 1)):
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -1719,7 +1731,9 @@ def train(args: Args, stop: StopSignal) -> dict:
                 writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:
-        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        launcher = f"torchrun --nproc-per-node={num_processes}" if num_processes > 1 else "python"
+        resume = f"{launcher} {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
+        print(f"stopped at step {global_step}; continue with: {resume}")
     with writing(run_dir):
         writer.close()
     return evaluation

@@ -85,19 +85,19 @@ def wait_for(condition, process, seconds=60):
 
 @pytest.mark.parametrize("name", TWINS)
 def test_sigterm_saves_and_exits_cleanly(name, tmp_path):
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     process = start(name, run_dir=run, **{**RUN, "total_timesteps": 100_000})
     wait_for((run / "checkpoint-64.pt").exists, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and f"--resume {run}" in output
+    assert process.returncode == 0 and f"--resume '{run}'" in output
     step = int(TWINS[name].checkpoint_paths(run)[0].stem.split("-")[1])
     assert step >= 64 and not (run / "model.pt").exists()
     process = start(name, resume=run, total_timesteps=step + 32, eval_episodes=60)
     wait_for((run / "model.pt").exists, process)  # the evaluation has begun, or is about to
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and (f"--resume {run}" in output or "run saved" in output), errors
+    assert process.returncode == 0 and (f"--resume '{run}'" in output or "run saved" in output), errors
     assert "Traceback" not in errors
 
 

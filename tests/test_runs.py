@@ -126,7 +126,7 @@ def test_a_setting_of_a_loss_that_is_not_there_is_refused(update):
     """Or an ablation would report arms that are one and the same as two."""
     script = TWINS["sprig_atari"]
     for flag, value in {"leader_value_coef": 0.5, "perception_cost": "l1", "cooperation_weight": 0.1}.items():
-        with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} is of the leader's own loss"):
+        with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} would do nothing here: --update {update}"):
             script.check_args(script.Args(update=update, **{flag: value}))
     script.check_args(script.Args(update=update, perception_cost="l1", perception_cost_in_reward=True))
 
@@ -141,6 +141,12 @@ def test_what_one_process_alone_finds_wrong_is_said(script, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit, match=r"error: --gamma must lie in .* \(process 1\)$"):
         script.check_args(script.Args(gamma=2.0))
+
+
+def test_a_launcher_that_says_only_half_is_refused(script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit, match="error: WORLD_SIZE is set, but not all .* start with torchrun"):
+        script.main(script.Args())
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
