@@ -55,7 +55,7 @@ def test_documents_name_only_what_exists(document):
     for name in re.findall(r"`(\w+)`", text):
         assert re.search(rf"\b{name}\b", code), f"{document} names {name}"
     flags = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", code, re.M)}
-    flags |= {"--help", "--nproc-per-node", "--check", "--array", "--dist"}  # of other programs
+    flags |= {"--help", "--nproc-per-node", "--shutdown-timeout", "--logdir", "--check", "--array", "--dist"}  # others'
     for flag in re.findall(r"(--[a-z][a-z-]+)", text):
         assert flag in flags or flag.replace("--no-", "--") in flags, f"{document} names {flag}"
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
