@@ -45,6 +45,7 @@ import tyro
 from collect import fail, render
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator
 from PIL import Image
 from rliable import library
 from scipy import stats
@@ -52,6 +53,7 @@ from scipy import stats
 POINTS = 100  # of a curve
 WINDOW = 0.1  # fraction of a run's steps whose games make a point; the last point is the final score
 FEW, TESTABLE = 3, 5  # seeds from which on there are intervals, and tests
+MANY = 12  # arms whose curves would hide each other: each gets a row instead
 RESAMPLES = 2000
 SCORES = {"final": "final return", "area": "mean over training"}  # a run's, and what the tables call them
 COLUMNS = ("agent_steps", "seconds", "episodic_return")
@@ -464,8 +466,40 @@ def legend_columns(labels: list[str], width: float) -> int:
     return 1
 
 
+def draw_rows(matrix: Matrix, runs: dict) -> Figure:
+    """A panel per task, a row per arm: the mean over training of each seed, and their mean with its interval."""
+    arms = [arm for arm in matrix.titles if any(arm in {arm for _, arm in groups} for groups in runs.values())]
+    figure = Figure(figsize=(2.4 + 3.1 * len(runs), 0.9 + 0.22 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+    for axis, (task, groups) in zip(panels, runs.items()):
+        longest = max(steps for steps, _ in groups)
+        for (steps, arm), group in groups.items():
+            if steps != longest:
+                continue
+            row, areas = arms.index(arm), np.array([run.area for run in group])
+            colour = COLOURS[1] if arm == arms[0] else COLOURS[0]
+            axis.plot(areas, np.full(len(areas), row), "|", color=GREY, markersize=5)
+            axis.plot(areas.mean(), row, "o", color=colour, markersize=4)
+            if len(group) >= FEW:
+                axis.plot(interval(lambda sample: sample.mean(-1), areas), [row, row], color=colour, linewidth=1.8)
+            if arm == arms[0]:
+                axis.axvline(areas.mean(), color=GREY, linestyle=":", linewidth=1)
+        axis.set_title(f"{task}, {longest:,} agent steps", fontsize=9)
+        axis.set_xlabel("return of a whole game, mean over training", fontsize=8)
+        axis.set_yticks(range(len(arms)), [matrix.titles[arm] for arm in arms])
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    note = "Each seed, their mean and its 95 % bootstrap interval; dotted: the mean of the first row"
+    figure.text(0.995, 0.003, note, fontsize=7, color=GREY, ha="right", va="bottom")
+    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # room for the note
+    return figure
+
+
 def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
-    """Two panels per task: return against agent steps and against wall-clock time."""
+    """Two panels per task: return against agent steps and against wall-clock time. For many arms see `draw_rows`."""
+    if len(matrix.titles) >= MANY:
+        return draw_rows(matrix, runs)
     tasks = list(runs)
     wide = len(tasks) == 1  # then its two panels stand side by side, else one above the other
     columns = 2 if wide else min(4, len(tasks))
@@ -533,6 +567,8 @@ def describe(figure: Figure) -> str:
     parts = [text.get_text() for text in [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]]
     for axis in figure.axes:
         parts += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel(), *(text.get_text() for text in axis.texts)]
+        if isinstance(axis.yaxis.get_major_locator(), FixedLocator):  # names, not numbers
+            parts += [label.get_text() for label in axis.get_yticklabels()]
         drawn = [line.get_xydata() for line in axis.lines]
         drawn += [path.vertices for band in axis.collections for path in band.get_paths()]
         for data in drawn:

@@ -351,6 +351,26 @@ def test_growth_is_the_exponent_of_a_power_law():
     assert cells[1:] == ["SPRIG", "16 to 256", "4 to 16", "0.50 (0.50)", "1.00 (1.00)", "7 to 7"]
 
 
+def test_many_arms_get_a_row_each(made):
+    """Of the longest runs alone; the row's line spans what the bootstrap says of its seeds."""
+    matrix = made.matrices / "m.toml"
+    matrix.write_text(MATRIX + "".join(f'[arms.b{i}]\ntitle = "B{i}"\n' for i in range(plot.MANY)))
+    folder = made.results / "m" / "Task-v1"
+    for seed in (1, 2, 3):
+        put(folder, "ppo", seed, 10.0)
+        put(folder, "b7", seed, 20.0 + 10 * seed)
+        put(folder, "b7", seed + 10, 500.0, steps=500)
+    plot.main(made)
+    read = plot.read_matrix(matrix)
+    figure = plot.draw(read, plot.read_runs(made.results / "m", read)[0], made.results)
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["PPO", "B7"]
+    seeds, mean, span = (line.get_xdata() for line in axis.lines if line.get_ydata()[0] == 1 and len(line.get_ydata()))
+    assert sorted(seeds) == [30.5, 40.5, 50.5] and np.ravel(mean) == [40.5]
+    assert span[0] == pytest.approx(30.5) and span[1] == pytest.approx(50.5)
+    assert plot.description(made.results / "m.png") == plot.describe(figure) and "B7" in plot.describe(figure)
+
+
 def test_figure_of_growth_shows_every_point():
     small = [row | {scale.COLUMNS[1]: "PPO", scale.COLUMNS[-1]: 3} for row in scale_rows(0.5)]
     figure = scale.draw(small + scale_rows(0.5))
