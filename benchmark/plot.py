@@ -490,7 +490,7 @@ def draw_rows(matrix: Matrix, runs: dict) -> Figure:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    note = "Each seed, their mean and its 95 % bootstrap interval; dotted: the mean of the first row"
+    note = "Seeds, their mean and its 95 % bootstrap interval; dotted: the first row's mean"
     figure.text(0.995, 0.003, note, fontsize=7, color=GREY, ha="right", va="bottom")
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # room for the note
     return figure
