@@ -1414,7 +1414,7 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
         while playing.any():
             logits, _ = follower(leader(torch.from_numpy(obs[playing]).to(device)))
             policy = action_distribution(logits)
-            action = (policy.mode if args.eval_greedy else policy.sample()).cpu().numpy()
+            action = (policy.mode if args.eval_greedy else sample(policy)).cpu().numpy()
             actions = np.zeros((num_games, *action.shape[1:]), dtype=action.dtype)  # a finished game idles
             actions[playing] = action
             obs, _, _, _, info = envs.step(actions)

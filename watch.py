@@ -88,7 +88,7 @@ def play(script, args, leader, follower, envs, settings: Args):
             seen = torch.from_numpy(obs)
             logits, value = follower(leader(seen))
             policy = script.action_distribution(logits)
-            action = policy.mode if settings.greedy else policy.sample()
+            action = policy.mode if settings.greedy else script.sample(policy)
             pictures = view.pictures(seen, leader)
         yield Moment(pictures, view.actions(policy), value.item(), score)
         obs, rewards, _, _, info = envs.step(action.numpy())

@@ -15,6 +15,7 @@ The same for every matrix:
 - A curve has 100 points, each the mean return of the whole games that ended within the 10 % of the steps before it. The
   last one is the final score. The area under the curve, over its length, is the mean of the ten windows of 10 % that
   make up the training ("mean over training").
+- From 12 arms on, whose curves would hide each other, a figure has a row per arm: its mean over training.
 - Against time the same points stand at the seconds at which the run had come so far; a mean over seeds at their mean.
 - Arms are judged by the final score. The mean over training, tested apart, is for tasks that have a highest return.
 - Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own.
@@ -466,9 +467,16 @@ def legend_columns(labels: list[str], width: float) -> int:
     return 1
 
 
+def with_note(figure: Figure, note: str) -> Figure:
+    figure.text(0.995, 0.003, note, fontsize=7, color=GREY, ha="right", va="bottom")
+    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # room for it
+    return figure
+
+
 def draw_rows(matrix: Matrix, runs: dict) -> Figure:
     """A panel per task, a row per arm: the mean over training of each seed, and their mean with its interval."""
-    arms = [arm for arm in matrix.titles if any(arm in {arm for _, arm in groups} for groups in runs.values())]
+    played = {arm for groups in runs.values() for _, arm in groups}
+    arms = [arm for arm in matrix.titles if arm in played]
     figure = Figure(figsize=(2.4 + 3.1 * len(runs), 0.9 + 0.22 * len(arms)), layout="constrained")
     panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
     for axis, (task, groups) in zip(panels, runs.items()):
@@ -491,9 +499,7 @@ def draw_rows(matrix: Matrix, runs: dict) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     note = "Seeds, their mean and its 95 % bootstrap interval; dotted: the first row's mean"
-    figure.text(0.995, 0.003, note, fontsize=7, color=GREY, ha="right", va="bottom")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # room for the note
-    return figure
+    return with_note(figure, note)
 
 
 def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
@@ -557,9 +563,7 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
     notes = [f"a line per seed (fewer than {FEW})"] * (min(sizes) < FEW)
     notes += ["mean over seeds and 95 % bootstrap band"] * (max(sizes) >= FEW)
     note = f"{' or '.join(notes)}; each point: games of the {WINDOW:.0%} of training before it".capitalize()
-    figure.text(0.995, 0.003, note, fontsize=7, color=GREY, ha="right", va="bottom")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # room for the note
-    return figure
+    return with_note(figure, note)
 
 
 def describe(figure: Figure) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -37,13 +36,11 @@ def build_on(device, script, args):
     leader, follower, *_ = build(script, args)
     batch = random_batch(script, leader, follower, 64)
     leader, follower = leader.to(device), follower.to(device)
-    make_optimizer = script.make_optimizer if device != "meta" else descent  # fused Adam knows no such device
-    optimizers = [make_optimizer(player, args) for player in (leader, follower)]
+    if device == "meta":  # fused Adam knows no such device
+        optimizers = [torch.optim.SGD(script.one_vector(player)) for player in (leader, follower)]
+    else:
+        optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
     return leader, follower, *optimizers, script.Batch(*(column.to(device) for column in batch))
-
-
-def descent(player, args):
-    return torch.optim.SGD([{"params": sys.modules[type(player).__module__].one_vector(player)}], lr=args.learning_rate)
 
 
 def step_of(script, update):

@@ -365,7 +365,7 @@ def test_many_arms_get_a_row_each(made):
     figure = plot.draw(read, plot.read_runs(made.results / "m", read)[0], made.results)
     (axis,) = figure.axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["PPO", "B7"]
-    seeds, mean, span = (line.get_xdata() for line in axis.lines if line.get_ydata()[0] == 1 and len(line.get_ydata()))
+    seeds, mean, span = (line.get_xdata() for line in axis.lines if line.get_ydata()[0] == 1)
     assert sorted(seeds) == [30.5, 40.5, 50.5] and np.ravel(mean) == [40.5]
     assert span[0] == pytest.approx(30.5) and span[1] == pytest.approx(50.5)
     assert plot.description(made.results / "m.png") == plot.describe(figure) and "B7" in plot.describe(figure)
