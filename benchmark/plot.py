@@ -18,7 +18,8 @@ The same for every matrix:
 - From 12 arms on, whose curves would hide each other, a figure has a row per arm: its mean over training.
 - Against time the same points stand at the seconds at which the run had come so far; a mean over seeds at their mean.
 - Arms are judged by the final score. The mean over training, tested apart, is for tasks that have a highest return.
-- Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own.
+- Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own. An arm
+  with `beginning_of` is made of the longer runs of that matrix, cut at this one's steps, and has no evaluation.
 - Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and 95 % intervals by
   bootstrap over seeds; from 5 on, tests as well, two-sided, corrected after Holm over the arms of a task.
 - Across tasks (Agarwal et al. 2021, arXiv 2108.13264): rliable's interquartile mean and stratified bootstrap over the
@@ -94,6 +95,7 @@ class Matrix:
     seeds: list[int]
     titles: dict[str, str]  # arm -> title; the first is the reference
     lengths: dict[str, int]  # arm -> agent steps asked for
+    origins: dict[str, str]  # arm -> the matrix whose runs begin with it (see `beginning_of` in run.py)
 
 
 @dataclass
@@ -112,6 +114,11 @@ class Run:
         known = tenths[np.isfinite(tenths)]
         self.area = float(known.mean()) if len(known) else np.nan
 
+    def beginning(self, steps: int) -> "Run":
+        """What it was after so many steps. It was not evaluated then."""
+        games = self.games[self.games[:, 0] <= steps]
+        return Run(self.arm, self.seed, steps, games, None, self.hardware)
+
 
 # ---------------------------------------------------------------- reading
 
@@ -122,8 +129,9 @@ def read_matrix(path: Path) -> Matrix:
         titles = {arm: settings.get("title", arm) for arm, settings in record["arms"].items()}
         flags = {arm: record.get("flags", {}) | settings.get("flags", {}) for arm, settings in record["arms"].items()}
         lengths = {arm: int(own.get("total-timesteps", 0)) for arm, own in flags.items()}
+        origins = {arm: own["beginning_of"] for arm, own in record["arms"].items() if "beginning_of" in own}
         tasks = [task.replace("/", "-") for task in record["tasks"]]
-        return Matrix(path.stem, record["question"], tasks, record["seeds"], titles, lengths)
+        return Matrix(path.stem, record["question"], tasks, record["seeds"], titles, lengths, origins)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f"{path} is no TOML file: {error}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -158,10 +166,15 @@ def read_runs(folder: Path, matrix: Matrix) -> tuple[dict[str, dict[tuple[int, s
     """
     tasks = {path.name for path in folder.glob("*") if path.is_dir()}
     runs, others = {}, []
-    for task in [*(t for t in matrix.tasks if t in tasks), *sorted(tasks - set(matrix.tasks))]:
+    for task in [*matrix.tasks, *sorted(tasks - set(matrix.tasks))]:
         groups = {}
+        for arm, origin in matrix.origins.items():
+            steps = matrix.lengths[arm]
+            longer = map(read_run, folder.with_name(origin).joinpath(task).glob(f"{arm}_seed*.csv.gz"))
+            begun = [run.beginning(steps) for run in longer if run.steps >= steps and run.seed in matrix.seeds]
+            groups |= {(steps, arm): begun} if begun else {}
         for run in map(read_run, folder.joinpath(task).glob("*.csv.gz")):
-            if run.arm in matrix.titles:
+            if run.arm in matrix.titles and run.arm not in matrix.origins:
                 groups.setdefault((run.steps, run.arm), []).append(run)
             else:
                 others.append(run)
@@ -285,6 +298,9 @@ def scores_table(matrix: Matrix, runs: dict, others: list[Run]) -> str:
         f"Over seeds: mean ± standard deviation; with fewer than {FEW} seeds the value of each.",
         f"Hardware: {'; '.join(where)}.",
     ]
+    for origin in sorted(set(matrix.origins.values())):
+        arms = "; ".join(matrix.titles[arm] for arm in matrix.origins if matrix.origins[arm] == origin)
+        notes.append(f"Beginnings of the longer runs of the matrix {origin}: {arms}.")
     if others:
         listed = (f"{run.arm} seed {run.seed} ({run.steps:,} steps)" for run in others)
         notes.append(f"In the same folder, of arms that are not part of the matrix: {', '.join(listed)}.")

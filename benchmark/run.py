@@ -7,7 +7,10 @@
 
 A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`, `seeds`, `cpus` and `gpus` of one run
 (cpus is also its --threads; 0 gpus hides them), `[flags]` of every run, and `[arms.<label>]` with `title`, `script` and
-`flags` of its own. The first arm is what the others are compared with. All of it is checked before anything starts.
+`flags` of its own. The first arm is what the others are compared with. An arm with `beginning_of`, the name of another
+matrix, is not played here: its results are the first steps of that matrix's longer runs of the same label, as they are
+what a shorter run would have been (which is why its step size may not be annealed). All is checked before anything
+starts.
 
 Each run is the ordinary script as a process of its own, in `<runs>/<matrix>/<task>__<arm>__<seed>`, its output in a
 .log beside that. Once it is finished it is exported as benchmark/collect.py says. Call the same command again as often
@@ -51,8 +54,8 @@ from collect import export, fail, hardware, result_path, write
 SCRIPTS = ("ppo_atari_baseline.py", "ppo_continuous_baseline.py", "sprig_atari.py", "sprig_continuous.py")
 OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate")  # which this program sets
 TOP_KEYS = {"question": str, "tasks": list, "seeds": list, "cpus": int, "gpus": float, "flags": dict, "arms": dict}
-ARM_KEYS = {"title": str, "script": str, "flags": dict}
-OPTIONAL = ("cpus", "gpus", "flags")
+ARM_KEYS = {"title": str, "script": str, "flags": dict, "beginning_of": str}
+OPTIONAL = ("cpus", "gpus", "flags", "beginning_of")
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Run:
     gpus: float
     folder: Path
     result: Path
+    beginning_of: str | None  # the matrix that plays it, and goes on
 
     @property
     def name(self) -> str:
@@ -196,10 +200,13 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
         arguments |= {name: getattr(checked, name) for name in arguments.keys() - {"device"}}
         settings = vars(checked).keys() - script.MAY_CHANGE - {"run_dir", "checkpoint_interval"}
         settings = {name: getattr(checked, name) for name in settings}
+        origin = matrix["arms"][label].get("beginning_of")
+        if origin and checked.anneal_lr:
+            fail(f"{path}: arms.{label}: beginning_of, but with an annealed step size a longer run begins differently")
         place = runs / path.stem / f"{task.replace('/', '-')}__{label}__{seed}"
-        result = result_path(results, path.stem, task, label, seed)
+        result = result_path(results, origin or path.stem, task, label, seed)
         name = matrix["arms"][label]["script"]
-        plan.append(Run(index, task, label, seed, name, arguments, settings, cpus, float(gpus), place, result))
+        plan.append(Run(index, task, label, seed, name, arguments, settings, cpus, float(gpus), place, result, origin))
     return plan
 
 
@@ -221,10 +228,15 @@ def difference(run: Run, path: Path) -> str:
         return f"{path} is of {record['script']}, not of {run.script}"
     if missing := run.arguments.keys() - record["arguments"].keys():
         return f"{path} was made before --{min(missing).replace('_', '-')} existed"
-    for name, value in (run.settings | run.arguments).items():  # a default may have changed since
-        if record["arguments"].get(name, value) != value:
+    ours, theirs = run.settings | run.arguments, record["arguments"]
+    if run.beginning_of:
+        if theirs["total_timesteps"] < ours["total_timesteps"]:
+            return f"{path} has {theirs['total_timesteps']} agent steps, fewer than {ours['total_timesteps']}"
+        ours = {name: value for name, value in ours.items() if name in run.settings}  # what came after is its own
+    for name, value in ours.items():  # a default may have changed since
+        if theirs.get(name, value) != value:
             flag = name.replace("_", "-")
-            return f"{path} was made with --{flag} {record['arguments'][name]}, not {value}"
+            return f"{path} was made with --{flag} {theirs[name]}, not {value}"
     return ""
 
 
@@ -261,6 +273,8 @@ def find_state(run: Run) -> tuple[str, int | None]:
     if run.result.exists() and run.result.with_suffix(".csv.gz").exists():
         wrong = difference(run, run.result)
         return (f"differs: {wrong}", None) if wrong else ("done", None)
+    if run.beginning_of:
+        return f"left to {run.beginning_of}", None
     if is_played(run):
         return "being played", None
     if not run.folder.exists():
@@ -470,7 +484,7 @@ def print_table(runs: list[Run]) -> None:
     rows = [("index", "task", "arm", "seed", "state", "command")]
     for run in runs:
         state, step = find_state(run)
-        over = state in ("done", "being played", "played, to export") or state.startswith("differs")
+        over = state in ("done", "being played", "played, to export") or state.startswith(("differs", "left to"))
         words = "" if over else shlex.join(command(run, step))
         rows.append((str(run.index), run.task, run.arm, str(run.seed), state, words))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -497,6 +511,8 @@ def main(args: Args) -> None:
             fail(f"{state.removeprefix('differs: ')}; move it away, or give the matrix another name")
         if state == "being played":
             print(f"{run.name}: another process plays it, left alone")
+        elif state.startswith("left to"):
+            print(f"{run.name}: {state}, which has not played it yet")
         elif state != "done":
             to_play.append(run)
     done = len(runs) - len(to_play)

@@ -12,6 +12,7 @@ import time
 import tomllib
 
 import collect
+import plot
 import pytest
 import run as runner
 from conftest import ROOT
@@ -239,6 +240,34 @@ def test_dry_run_only_and_states(folder, capsys):
         play_only(matrix, index=3)
 
 
+def test_an_arm_can_be_the_beginning_of_another_matrix_and_is_what_a_shorter_run_would_have_been(folder, capsys):
+    constant = {"num-steps = 32": "num-steps = 32\nanneal-lr = false"}
+    write_matrix(name="longer", changes=constant | {"total-timesteps = 256": "total-timesteps = 512"})
+    matrix = write_matrix(TINY + 'beginning_of = "longer"\n', changes=constant)
+
+    def state():
+        (run,) = runner.load_matrix(matrix, runner.Path("runs"), runner.Path("results"))
+        return runner.find_state(run)[0]
+
+    assert state() == "left to longer"
+    play_only(matrix)
+    assert "[0] CartPole-v1 ppo seed 1: left to longer, which has not played it yet" in capsys.readouterr().out
+    assert not (folder / "runs").exists()
+    play_only(runner.Path("longer.toml"))
+    assert state() == "done"
+    play_only(write_matrix(name="alone", changes=constant))
+    (folder / "results" / "tiny").mkdir()
+    tiny, alone = (plot.read_matrix(runner.Path(f"{name}.toml")) for name in ("tiny", "alone"))
+    (begun,), (short,) = (
+        plot.read_runs(folder / "results" / matrix.name, matrix)[0]["CartPole-v1"][256, "ppo"]
+        for matrix in (tiny, alone)
+    )
+    assert begun.games[:, [0, 2]].tolist() == short.games[:, [0, 2]].tolist() and len(short.games) > 5
+    assert begun.evaluation is None and short.evaluation is not None
+    matrix = write_matrix(TINY + 'beginning_of = "alone"\n', changes=constant | {"steps = 256": "steps = 512"})
+    assert state() == "differs: results/alone/CartPole-v1/ppo_seed1.json has 256 agent steps, fewer than 512"
+
+
 BAD = {
     "unknown key": ({"tasks =": "games ="}, "games is not a key"),
     "missing key": ({"seeds = [1]": ""}, "seeds is missing"),
@@ -259,6 +288,7 @@ BAD = {
     "int for bool": ({"num-steps = 32": "num-steps = 32\nanneal-lr = 1"}, "anneal-lr = 1, but --anneal-lr takes bool"),
     "choice": ({"num-steps = 32": "num-steps = 32\nnorm-adv = 'all'"}, "takes one of rollout, minibatch, none"),
     "no cores": ({"seeds = [1]": "seeds = [1]\ncpus = 0"}, "cpus must be at least 1"),
+    "annealed beginning": ({'title = "PPO"': 'title = "PPO"\nbeginning_of = "x"'}, "arms.ppo: beginning_of, but with"),
     "two GPUs": ({"seeds = [1]": "seeds = [1]\ngpus = 2"}, "gpus must lie in [0, 1]"),
     "hidden GPU": ({"num-steps = 32": "num-steps = 32\ndevice = 'cuda'"}, "device = 'cuda', but gpus = 0"),
     "the script's own check": ({"minibatch-size = 32": "minibatch-size = 7"}, "arms.ppo: --minibatch-size 7 does not"),

@@ -236,6 +236,23 @@ def test_only_equal_steps_are_compared(made):
     assert "Nothing can be compared with PPO yet" in made.documents[0].read_text()
 
 
+def test_an_arm_can_be_the_beginning_of_the_longer_runs_of_another_matrix(made):
+    made.matrices.joinpath("short.toml").write_text(
+        MATRIX.replace("= 1000", "= 500") + 'beginning_of = "m"\n'  # of a2, the last arm
+    )
+    for seed in (1, 2, 6):  # the last is not among the seeds
+        put(made.results / "m" / "Task-v1", "a2", seed, 100 * seed, late=True)
+    put(made.results / "m" / "Task-v1", "a2", 3, 300, steps=400)  # not that far
+    put(made.results / "short" / "Task-v1", "ppo", 1, 200, steps=500)
+    made.documents[0].write_text("<!-- table: short -->\n<!-- end -->\n")
+    rows = rows_of(made)
+    assert rows[1:] == [
+        ["Task-v1", "500", "PPO", "1", "200", "200", "200"],
+        ["Task-v1", "500", "a2", "2", "96.4, 196", "96.5, 196", "not run"],  # the first half, 4 below the rest
+    ]
+    assert "Beginnings of the longer runs of the matrix m: a2." in made.documents[0].read_text()
+
+
 def test_tasks_are_joined_by_the_seeds_that_finished_all_of_them(made):
     for task in ("Task-v1", "other-Task-v1"):
         for seed in (1, 2, 3):
