@@ -50,7 +50,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__":  # before torch is loaded: idle threads shall soon leave the cores to the emulator's
+if __name__ == "__main__":  # before torch is loaded: its idle threads should soon free the cores
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import ale_py
@@ -86,16 +86,16 @@ class Args:
     threads: int = 0
     """CPU threads of the networks and of the emulator (0: as many as there are cores)"""
     matmul_precision: Literal["highest", "high", "medium", "bfloat16"] = "high"
-    """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16; bfloat16 everywhere
-    in the encoder, whose parameters stay float32 (docs/speed.md)"""
+    """matrix products: highest: float32; high: TF32 if supported; medium: bfloat16 on CPUs with AMX; bfloat16: as high,
+    but the encoder under bfloat16 autocast, its parameters in float32 (docs/speed.md)"""
     compile: bool = False
-    """torch.compile the policy and the gradient step; on a CPU that does not pay here (docs/speed.md)"""
+    """torch.compile the policy and the gradient step; does not pay on a CPU here (docs/speed.md)"""
     eval_episodes: int = 10
     """whole games played after training, on fresh seeds (0: none)"""
     eval_greedy: bool = False
     """take the most probable action in the evaluation instead of sampling it"""
     checkpoint_interval: int = 500_000
-    """agent steps between checkpoints, at each of which the games restart (0: none but the first and the last)"""
+    """agent steps between checkpoints; the games restart at each (0: only the first and last checkpoint)"""
     resume: str = ""
     """folder of a run to continue, with its own arguments"""
     evaluate: str = ""
@@ -115,9 +115,9 @@ class Args:
     observation_noise: float = 0.0
     """robustness: standard deviation of Gaussian noise on each pixel, as a fraction of white"""
     distractors: int = 0
-    """robustness: so many rows of pixels, from the top, show random pixels"""
+    """robustness: rows of pixels, from the top, replaced by random pixels"""
     reward_delay: int = 1
-    """robustness: the learner is paid every so many steps, and when its episode ends"""
+    """robustness: pay the learner once in this many steps, and when its episode ends"""
 
     # -- PPO --
     num_steps: int = 256
@@ -135,7 +135,7 @@ class Args:
     gae_lambda: float = 0.95
     """λ of generalised advantage estimation"""
     norm_adv: Literal["rollout", "minibatch", "none"] = "rollout"
-    """over what the advantages get zero mean and unit variance"""
+    """over what the advantages are normalised"""
     clip_coef: float = 0.2
     """ε: the probability ratio is clipped to [1 - ε, 1 + ε]"""
     clip_value_loss: bool = False
@@ -169,7 +169,7 @@ def check_args(args: Args) -> Args:
     for names, holds, rule in bounds:
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not holds(value):  # NaN keeps no bound
+            if value is not None and not holds(value):  # NaN fails every bound
                 fail(f"--{name.replace('_', '-')} {rule}, not {value}")
     if args.distractors > 84:
         fail(f"--distractors {args.distractors} is more than the 84 rows of pixels of a frame")
@@ -192,7 +192,7 @@ def check_args(args: Args) -> Args:
     if args.total_timesteps < rollout_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
     if {"rollout": rollout_size, "minibatch": args.minibatch_size, "none": 2}[args.norm_adv] < 2:
-        fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; take more, or none")
+        fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; use more, or set none")
     if args.compile and not args.evaluate:
         compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
         if not shutil.which(compiler) or not header.exists():
@@ -266,10 +266,10 @@ def keep_freed_memory() -> None:
 
 
 def set_matmul_precision(precision: str) -> None:
-    """For all matrix products in float32 from here on; on AMD processors "high" also leaves them to oneDNN.
+    """For all matrix products in float32 from here on; on AMD processors without AMX "high" means "medium".
 
-    "medium" lets oneDNN compute them, in bfloat16 if the CPU has AMX. Without AMX it means float32, on AMD processors
-    at up to twice the rate of MKL's, which is slow on them. For small products MKL's is the faster one nevertheless.
+    "medium" lets oneDNN compute them, in bfloat16 if the CPU has AMX, else in float32: on AMD processors up to twice
+    as fast as MKL, which is slow there. For small products MKL is faster nevertheless.
     """
     cpuinfo = Path("/proc/cpuinfo")
     cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
@@ -281,7 +281,7 @@ def set_matmul_precision(precision: str) -> None:
 
 
 def prepare_compiler() -> None:
-    """Two of `torch.compile`'s habits: it reports what is meant to be, and frees what a second backward would need."""
+    """Stop `torch.compile` from warning of what is intended, and from freeing what a second backward needs."""
     from torch._functorch import config
 
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
@@ -313,7 +313,7 @@ def gather(mine) -> list:
 def average(tensors: list[torch.Tensor]) -> None:
     """Replace tensors by their means over all processes; one process alone has them already."""
     if dist.is_initialized():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = flatten(tensors)
         dist.all_reduce(flat)
         flat /= processes()[1]
         for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
@@ -362,7 +362,7 @@ def env_protocol(args: Args) -> dict:
 
 
 class WholeGames(gym.vector.VectorWrapper):
-    """Adds to `info` what whole games are: `AtariVectorEnv` terminates at each lost life.
+    """Adds whole games' results to `info`: `AtariVectorEnv` terminates at each lost life.
 
     On steps where some game ended (over, or truncated), `info["episode"]` holds its raw return "r"
     and length "l" in agent steps, both (N,), and `info["_episode"]` the rows for which they and
@@ -438,7 +438,7 @@ class Disturbed(gym.vector.VectorWrapper):
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """`args.num_envs` games: obs (N, 4, 84, 84) uint8, rewards (N,) raw, autoreset within the step.
 
-    `terminations` marks lost lives too; `truncations` the games cut by `args.max_episode_steps`.
+    `terminations` marks lost lives too; `truncations` the games cut at the step limit.
     """
     protocol = env_protocol(args)
     envs = AtariVectorEnv(
@@ -460,7 +460,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
-    """(N,) seeds that hardly another (seed, stream) shares; consecutive integers would overlap between runs."""
+    """(N,) seeds that other (seed, stream)s hardly ever share; consecutive integers would overlap between runs."""
     return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
 
 
@@ -534,7 +534,7 @@ def action_distribution(logits: torch.Tensor) -> Distribution:
 
 
 def sample(policy: Distribution) -> torch.Tensor:
-    """policy.sample(), draw for draw, but for its checks, on whose outcome the host would wait for a GPU."""
+    """The draws of policy.sample(), without its checks, which would make the host wait for a GPU."""
     return (policy.probs / torch.empty_like(policy.probs).exponential_()).argmax(-1)
 
 
@@ -585,15 +585,15 @@ def collect_rollout(
     """
     num_steps, num_envs = rollout.rewards.shape
     rewards, terminations, dones = (np.zeros((num_steps, num_envs), dtype=np.float32) for _ in range(3))
-    cuts, games, policies = [], [], []
-    policy = torch.compile(act) if compiled else act
-    on_gpu = rollout.obs.is_cuda  # it copies from page-locked memory while the host goes on
+    cuts, games, all_logits = [], [], []
+    agent = torch.compile(act) if compiled else act
+    on_gpu = rollout.obs.is_cuda  # a GPU copies from page-locked memory while the host goes on
     staging = torch.empty(obs.shape, dtype=rollout.obs.dtype, pin_memory=on_gpu)
     for t in range(num_steps):
         rollout.obs[t].copy_(staging.copy_(torch.from_numpy(obs)), non_blocking=on_gpu)
-        logits, rollout.values[t] = policy(leader, follower, rollout.obs[t])
+        logits, rollout.values[t] = agent(leader, follower, rollout.obs[t])
         rollout.actions[t] = action = sample(action_distribution(logits))
-        policies.append(logits)
+        all_logits.append(logits)
 
         obs, rewards[t], terminated, truncated, info = envs.step(action.cpu().numpy())
         terminations[t], dones[t] = terminated, terminated | truncated
@@ -605,7 +605,7 @@ def collect_rollout(
             for row in np.flatnonzero(info["_episode"]):
                 games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
 
-    logprobs = action_distribution(torch.cat(policies)).log_prob(rollout.actions.flatten(0, 1))  # (T·N,)
+    logprobs = action_distribution(torch.cat(all_logits)).log_prob(rollout.actions.flatten(0, 1))  # (T·N,)
     rollout.logprobs.copy_(logprobs.view(num_steps, num_envs))
     rollout.next_values[:-1] = rollout.values[1:]
     rollout.next_values[-1] = follower(leader(torch.from_numpy(obs).to(rollout.obs.device)))[1]
@@ -707,12 +707,12 @@ def normalise(x: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=8)
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Its parameters, remembered: to look for them anew takes a tenth of a small network's update."""
+    """Its parameters, cached: collecting them each time takes a tenth of a small network's update."""
     return dict(module.named_parameters())
 
 
 def one_vector(module: nn.Module) -> list[nn.Parameter]:
-    """Turns all of a player's parameters into views of one vector and returns that, or nothing if it has none."""
+    """Turns a player's parameters into views of one vector. Returns [that vector], or [] if there are none."""
     parameters = list(module.parameters())
     vectors = [nn.Parameter(flatten([parameter.detach() for parameter in parameters]))] if parameters else []
     for vector in vectors:
@@ -722,7 +722,7 @@ def one_vector(module: nn.Module) -> list[nn.Parameter]:
 
 
 def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
-    """Adam over one vector: one operation in place of one per tensor, a fifth of a small network's update."""
+    """Adam over one vector: one operation, not one per tensor, which small networks would spend much of a step on."""
     rate = args.learning_rate
     return torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
 
@@ -732,10 +732,10 @@ def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module):
-    """One step of the players along their `gradients`: means over processes, scaled down to the norm `max_norm`.
+    """One step of the players down their `gradients`, averaged over processes and clipped to the norm `max_norm`.
 
-    Returns the norm before. Raises FloatingPointError, naming the first tensor that is not finite,
-    before any harm is done. A GPU, which to ask would be to wait for, is asked after the epochs (`mean_info`).
+    Returns the norm before clipping. Raises FloatingPointError, naming the first tensor that is not finite,
+    before any harm is done; on a GPU, where a check means waiting, `mean_info` makes it after the epochs.
     """
     gradient = flatten(gradients)
     average([gradient])
@@ -781,7 +781,7 @@ def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch
 
 
 def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
-    """All epochs over one rollout. Returns the means of what the losses report."""
+    """All epochs over one rollout. Returns the means of what the losses report, and `attention_info`."""
     step = torch.compile(joint_step) if args.compile else joint_step
     history = []
     for _ in range(args.update_epochs):
@@ -797,7 +797,7 @@ def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimi
 
 
 def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Means over minibatches (and processes), fetched from the device at once.
+    """Means over minibatches (and processes), fetched from the device in one go.
 
     Raises FloatingPointError if a loss or a gradient's norm is not finite.
     """
@@ -835,7 +835,7 @@ def start_run(args: Args) -> Path:
 
 
 def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
-    """Open TensorBoard (and Weights & Biases). Of a resumed run, points after `global_step` are purged."""
+    """Open TensorBoard (and Weights & Biases); in a resumed run, purge the points after `global_step`."""
     record = run_record(args)
     # The writer's thread hands its OSError to the main thread, which reports it (see `writing`).
     threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
@@ -847,7 +847,7 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
     if args.resume:
         before = json.loads((run_dir / "args.json").read_text())
         if before["versions"] != record["versions"]:
-            print(f"warning: {run_dir} was trained with {before['versions']}: not to the bit the same", file=sys.stderr)
+            print(f"warning: {run_dir} was trained with {before['versions']}: no longer bit-identical", file=sys.stderr)
         history = before.get("resumed", []) + [{"step": global_step, "versions_before": before["versions"]}]
         write_json(run_dir / "args.json", record | {"resumed": history})  # the new total, device, ...
         return SummaryWriter(run_dir, purge_step=global_step + 1)
@@ -863,7 +863,7 @@ def writing(run_dir: Path):
     try:
         yield
     except OSError as error:
-        fail(f"{run_dir} cannot be written: {error.strerror}; checkpoints that were saved before are untouched")
+        fail(f"{run_dir} cannot be written: {error.strerror}; earlier checkpoints are untouched")
 
 
 def run_record(args: Args) -> dict:
@@ -949,7 +949,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, shall outlast a power cut
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name should survive a power cut, too
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
@@ -977,8 +977,8 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
 def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     """Write checkpoint-<step>.pt: the state of all `parts`, `progress`, and the random state. Keeps the last two.
 
-    An emulator's state cannot be saved, so a checkpoint is a barrier for whoever runs on as for
-    whoever resumes: the caller restarts the games from a seed made of (seed, step).
+    The state of the games is not saved. So that a resumed run equals one that went on, the caller
+    restarts the games at each checkpoint, from seeds made of (seed, step).
     """
     state = {name: part.state_dict() for name, part in parts.items()} | {"progress": progress}
     state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()})
@@ -1000,7 +1000,7 @@ def read_state(path: Path, parts: dict) -> dict:
 
 
 def load_checkpoint(run_dir: Path, parts: dict) -> dict:
-    """Put the newest readable checkpoint into `parts`. Returns all that it holds."""
+    """Put the newest readable checkpoint into `parts`. Returns its "progress" and "random"."""
     for path in checkpoint_paths(run_dir):
         try:
             state = read_state(path, parts)
@@ -1039,7 +1039,7 @@ def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a file that is to be written anew, if it is there: evaluation.json becomes evaluation-1.json, -2, ..."""
+    """Rename a file, if it is there, before it is rewritten: evaluation.json becomes evaluation-1.json, -2, ..."""
     names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
     if path.exists():
         path.rename(next(name for name in names if not name.exists()))
@@ -1075,7 +1075,7 @@ def report_evaluation(run_dir: Path, evaluation: dict) -> None:
 class StopSignal:
     """SIGINT and SIGTERM: the first lets the iteration end and be saved, the second exits at once.
 
-    While `interrupt` is set, when all is saved already, the first raises KeyboardInterrupt.
+    Once all is saved, which sets `interrupt`, the first raises KeyboardInterrupt.
     """
 
     def __enter__(self):
@@ -1094,8 +1094,8 @@ class StopSignal:
         self.requested = True
         if self.interrupt:
             raise KeyboardInterrupt
-        with contextlib.suppress(OSError):  # print is not to be used here: the signal may fall into another print
-            os.write(2, b"\nstopping after this iteration; once more to exit at once\n")
+        with contextlib.suppress(OSError):  # not print: the signal may have interrupted another print
+            os.write(2, b"\nstopping after this iteration; repeat to exit at once\n")
 
 
 # ==================================================================================================
@@ -1133,7 +1133,7 @@ def train(args: Args, stop: StopSignal) -> dict:
     follower = Follower(leader.num_features, envs.single_action_space).to(device)
     leader_optimizer, follower_optimizer = (make_optimizer(player, args) for player in (leader, follower))
     if rank:
-        torch.manual_seed(args.seed + (rank << 32))  # the same networks everywhere, other actions
+        torch.manual_seed(args.seed + (rank << 32))  # the same networks in all, different actions
     run_dir = start_run(args)
     parts = {"leader": leader, "follower": follower}
     parts |= {"leader_optimizer": leader_optimizer, "follower_optimizer": follower_optimizer}
@@ -1147,7 +1147,7 @@ def train(args: Args, stop: StopSignal) -> dict:
     else:
         save_checkpoint(run_dir, parts, progress)
     if rank == 0 and progress["global_step"] + args.num_steps * args.num_envs <= args.total_timesteps:
-        set_aside(run_dir / "model.pt")  # of the end that this run had before it was extended
+        set_aside(run_dir / "model.pt")  # left by this run's end before it was extended
         set_aside(run_dir / "evaluation.json")
     writer = start_writer(run_dir, args, progress["global_step"]) if rank == 0 else None
 
@@ -1231,7 +1231,7 @@ def train(args: Args, stop: StopSignal) -> dict:
         if args.eval_episodes:
             evaluation = evaluate(leader, follower, args, device)
             report_evaluation(run_dir, evaluation)
-            for statistic in ("mean", "std"):  # a step on, so that a resumed run purges and writes it anew
+            for statistic in ("mean", "std"):  # one step on: a resumed run purges it and writes it anew
                 writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:

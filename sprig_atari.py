@@ -22,9 +22,9 @@ its row in docs/paper.md. `--paper-literal` runs the paper as printed.
 Measured so far (BeamRiderNoFrameskip-v4, AMD EPYC CPU, torch 2.13.0, ale-py 0.12.1; 30 games each): 533 points
 after 502k agent steps (mean of seeds 1 to 5; 477 to 607), where a random agent scores 364; README compares.
 
-Changes relative to ppo_atari_baseline.py: the leader attends (three attention blocks), pays for
-its attention, and moves first on a utility of its own; the follower then takes PPO's step on
-features that it cannot change. Everything else is the same code.
+Changes relative to ppo_atari_baseline.py: the leader has LayerNorm, attention and a feature scale,
+pays for its attention, and moves first on a utility of its own; the follower then takes PPO's step
+on features that it cannot change. Everything else is the same code.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__":  # before torch is loaded: idle threads shall soon leave the cores to the emulator's
+if __name__ == "__main__":  # before torch is loaded: its idle threads should soon free the cores
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import ale_py
@@ -92,16 +92,16 @@ class Args:
     threads: int = 0
     """CPU threads of the networks and of the emulator (0: as many as there are cores)"""
     matmul_precision: Literal["highest", "high", "medium", "bfloat16"] = "high"
-    """of matrix products: float32; TF32 where the hardware has it; on CPUs with AMX also bfloat16; bfloat16 everywhere
-    in the encoder, whose parameters stay float32 (docs/speed.md)"""
+    """matrix products: highest: float32; high: TF32 if supported; medium: bfloat16 on CPUs with AMX; bfloat16: as high,
+    but the encoder under bfloat16 autocast, its parameters in float32 (docs/speed.md)"""
     compile: bool = False
-    """torch.compile the policy and the gradient step; on a CPU that does not pay here (docs/speed.md)"""
+    """torch.compile the policy and the gradient step; does not pay on a CPU here (docs/speed.md)"""
     eval_episodes: int = 10
     """whole games played after training, on fresh seeds (0: none)"""
     eval_greedy: bool = False
     """take the most probable action in the evaluation instead of sampling it"""
     checkpoint_interval: int = 500_000
-    """agent steps between checkpoints, at each of which the games restart (0: none but the first and the last)"""
+    """agent steps between checkpoints; the games restart at each (0: only the first and last checkpoint)"""
     resume: str = ""
     """folder of a run to continue, with its own arguments"""
     evaluate: str = ""
@@ -121,9 +121,9 @@ class Args:
     observation_noise: float = 0.0
     """robustness: standard deviation of Gaussian noise on each pixel, as a fraction of white"""
     distractors: int = 0
-    """robustness: so many rows of pixels, from the top, show random pixels"""
+    """robustness: rows of pixels, from the top, replaced by random pixels"""
     reward_delay: int = 1
-    """robustness: the learner is paid every so many steps, and when its episode ends"""
+    """robustness: pay the learner once in this many steps, and when its episode ends"""
 
     # -- PPO --
     num_steps: int = 256
@@ -141,7 +141,7 @@ class Args:
     gae_lambda: float = 0.95
     """λ of generalised advantage estimation"""
     norm_adv: Literal["rollout", "minibatch", "none"] = "rollout"
-    """over what the advantages get zero mean and unit variance"""
+    """over what the advantages are normalised"""
     clip_coef: float = 0.2
     """ε: the probability ratio is clipped to [1 - ε, 1 + ε]"""
     clip_value_loss: bool = False
@@ -157,7 +157,7 @@ class Args:
 
     # -- SPRIG --
     cooperation_weight: float = 0.7
-    """α of Eq. (8): the leader's weight on the return; 1 - α lies on the perception cost"""
+    """α of Eq. (8): the leader's weight on the return; 1 - α weighs the perception cost"""
     perception_cost_weight: float = 1e-4
     """λ_c of Eq. (9)"""
     perception_cost: Literal["entropy", "concentration", "l1"] = "entropy"
@@ -173,9 +173,9 @@ class Args:
     unroll_step_size: float = 0.02
     """unrolled: size of these steps, η"""
     implicit_damping: float = 50.0
-    """implicit: λ, added to the curvature of the follower's loss; 1/η anticipates like one step of size η"""
+    """implicit: λ, added to the curvature of the follower's loss; 1/η comes close to one step of size η"""
     cg_iterations: int = 10
-    """implicit: iterations of conjugate gradients at most"""
+    """implicit: maximum number of conjugate-gradient steps"""
     cg_tolerance: float = 1e-3
     """implicit: the residual, relative to the right-hand side, at which they stop"""
     correction_clamp: float | None = 1.0
@@ -187,12 +187,12 @@ class Args:
     attention: Literal["gated", "figure4", "none"] = "gated"
     """ReLU and x + γ·attention(x); attention(x) alone as drawn in Figure 4; or no attention"""
     feature_scale: float = 0.15
-    """factor on the features that the follower sees: how far one of Adam's steps moves the policy"""
+    """factor on the features that the follower sees: sets how far an Adam step moves the policy"""
     update: Literal["stackelberg", "simultaneous", "separate", "stopped", "joint"] = "stackelberg"
-    """leader, then follower; or what lies between that and PPO's joint step on the same networks: no value gradient to
-    the leader (stopped), also a norm clip for each (separate), also the leader's own loss (simultaneous)"""
+    """leader, then follower; PPO's joint step on the same networks; or in between: joint, no value gradient to the
+    leader (stopped), also a norm clip for each (separate), also the leader's own loss (simultaneous)"""
     perception_cost_in_reward: bool = False
-    """learn from R - λ_c·C_θ(s), the trace of Eq. (13) in deep RL"""
+    """learn from R - λ_c·C_θ(s), the reward in Eq. (13)"""
     paper_literal: bool = False
     """the paper as printed: rows 1, 2, 4, 5, 10 and 11 of docs/paper.md"""
 
@@ -232,7 +232,7 @@ def check_args(args: Args) -> Args:
     for names, holds, rule in bounds:
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not holds(value):  # NaN keeps no bound
+            if value is not None and not holds(value):  # NaN fails every bound
                 fail(f"--{name.replace('_', '-')} {rule}, not {value}")
     if args.distractors > 84:
         fail(f"--distractors {args.distractors} is more than the 84 rows of pixels of a frame")
@@ -244,11 +244,11 @@ def check_args(args: Args) -> Args:
         reason = f"--update {args.update} has no loss of the leader's own"
         idle.append((["cooperation_weight", "leader_objective", "leader_value_coef", *costs], reason))
     if args.leader_gradient != "unrolled":
-        idle.append((["unroll_steps", "unroll_step_size"], "it is of --leader-gradient unrolled"))
+        idle.append((["unroll_steps", "unroll_step_size"], "it is for --leader-gradient unrolled"))
     if args.leader_gradient != "implicit":
-        idle.append((["implicit_damping", "cg_iterations", "cg_tolerance"], "it is of --leader-gradient implicit"))
+        idle.append((["implicit_damping", "cg_iterations", "cg_tolerance"], "it is for --leader-gradient implicit"))
     if args.leader_gradient == "first-order":
-        idle.append((["correction_clamp"], "it is of --leader-gradient unrolled and implicit"))
+        idle.append((["correction_clamp"], "it is for --leader-gradient unrolled or implicit"))
     for names, reason in idle:
         for name in names:
             if getattr(args, name) != getattr(Args, name):
@@ -281,7 +281,7 @@ def check_args(args: Args) -> Args:
     if args.total_timesteps < rollout_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
     if {"rollout": rollout_size, "minibatch": args.minibatch_size, "none": 2}[args.norm_adv] < 2:
-        fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; take more, or none")
+        fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; use more, or set none")
     if args.compile and not args.evaluate:
         compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
         if not shutil.which(compiler) or not header.exists():
@@ -355,10 +355,10 @@ def keep_freed_memory() -> None:
 
 
 def set_matmul_precision(precision: str) -> None:
-    """For all matrix products in float32 from here on; on AMD processors "high" also leaves them to oneDNN.
+    """For all matrix products in float32 from here on; on AMD processors without AMX "high" means "medium".
 
-    "medium" lets oneDNN compute them, in bfloat16 if the CPU has AMX. Without AMX it means float32, on AMD processors
-    at up to twice the rate of MKL's, which is slow on them. For small products MKL's is the faster one nevertheless.
+    "medium" lets oneDNN compute them, in bfloat16 if the CPU has AMX, else in float32: on AMD processors up to twice
+    as fast as MKL, which is slow there. For small products MKL is faster nevertheless.
     """
     cpuinfo = Path("/proc/cpuinfo")
     cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
@@ -370,7 +370,7 @@ def set_matmul_precision(precision: str) -> None:
 
 
 def prepare_compiler() -> None:
-    """Two of `torch.compile`'s habits: it reports what is meant to be, and frees what a second backward would need."""
+    """Stop `torch.compile` from warning of what is intended, and from freeing what a second backward needs."""
     from torch._functorch import config
 
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
@@ -402,7 +402,7 @@ def gather(mine) -> list:
 def average(tensors: list[torch.Tensor]) -> None:
     """Replace tensors by their means over all processes; one process alone has them already."""
     if dist.is_initialized():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = flatten(tensors)
         dist.all_reduce(flat)
         flat /= processes()[1]
         for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
@@ -451,7 +451,7 @@ def env_protocol(args: Args) -> dict:
 
 
 class WholeGames(gym.vector.VectorWrapper):
-    """Adds to `info` what whole games are: `AtariVectorEnv` terminates at each lost life.
+    """Adds whole games' results to `info`: `AtariVectorEnv` terminates at each lost life.
 
     On steps where some game ended (over, or truncated), `info["episode"]` holds its raw return "r"
     and length "l" in agent steps, both (N,), and `info["_episode"]` the rows for which they and
@@ -527,7 +527,7 @@ class Disturbed(gym.vector.VectorWrapper):
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """`args.num_envs` games: obs (N, 4, 84, 84) uint8, rewards (N,) raw, autoreset within the step.
 
-    `terminations` marks lost lives too; `truncations` the games cut by `args.max_episode_steps`.
+    `terminations` marks lost lives too; `truncations` the games cut at the step limit.
     """
     protocol = env_protocol(args)
     envs = AtariVectorEnv(
@@ -549,7 +549,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
-    """(N,) seeds that hardly another (seed, stream) shares; consecutive integers would overlap between runs."""
+    """(N,) seeds that other (seed, stream)s hardly ever share; consecutive integers would overlap between runs."""
     return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
 
 
@@ -573,15 +573,15 @@ def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
 def attend(query, key, value, fused: bool = True) -> torch.Tensor:
     """softmax(Q Kᵀ / √d) V: query and key (B, n, d), value (B, n, C) -> (B, n, C).
 
-    Fused, the n x n weights are never held for the whole batch. Below about 100 locations they are
-    small enough for the plain product to be the faster one.
+    Fused (tests switch it off), the n x n weights are never held for the whole batch. Up to 100 locations
+    they are small enough for the plain product to be faster.
     """
     if not fused or query.shape[1] <= 100:
         return torch.bmm(attention_rows(query, key), value)
     if not query.is_cpu:  # zeros change no product, but fused kernels for bfloat16 want widths that are multiples of 8
         scale = query.shape[-1] ** -0.5
         query, key = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (query, key))
-        heads = (x.unsqueeze(1) for x in (query, key, value))  # one
+        heads = (x.unsqueeze(1) for x in (query, key, value))  # one head
         return F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
     return TiledAttention.apply(query * (math.log2(math.e) * query.shape[-1] ** -0.5), key, value)
 
@@ -589,7 +589,7 @@ def attend(query, key, value, fused: bool = True) -> torch.Tensor:
 def attention_rows(query, key) -> torch.Tensor:
     """Attention weights: query (B, r, d), key (B, n, d) -> (B, r, n), rows sum to 1.
 
-    Short rows are computed as columns, whose softmax takes half the time on a CPU.
+    Rows under 48 (never on frames) are computed as columns, whose softmax takes half the time on a CPU.
     """
     scale, nothing = query.shape[-1] ** -0.5, key.new_empty(())
     if key.shape[1] < 48:
@@ -607,9 +607,9 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def tiles(query, key, dim=-1):
-        """Yields (samples, their weights but for a factor per row, scratch memory), reusing two buffers.
+        """Yields (slice of samples, their weights up to a factor per row, scratch), reusing two buffers.
 
-        With key and query changed places, and `dim` 1, the weights are transposed.
+        With key and query swapped and `dim` 1, the weights are transposed.
         """
         n = query.shape[1]
         size = max(torch.get_num_threads(), 1_300_000 // n**2)  # samples; two buffers of 5 MB
@@ -643,11 +643,11 @@ class TiledAttention(torch.autograd.Function):
             return torch.autograd.grad(plain, (query, key, value), grad, create_graph=True)
         key_t = key.transpose(1, 2).contiguous()
         grad_query_t, grad_key, grad_value = map(torch.empty_like, (key_t, key, value))
-        slope = grad / sums  # as if the weights had been divided
-        mean = (slope * output).sum(-1).unsqueeze(1)  # (B, 1, n) Σ_j A_ij ∂L/∂A_ij of each row i
+        slope = grad / sums  # instead of dividing the weights
+        mean = (slope * output).sum(-1).unsqueeze(1)  # (B, 1, n) Σ_j A_ij ∂L/∂A_ij of each row i, over its sum
         for tile, weights, scratch in TiledAttention.tiles(key, query, dim=1):  # Aᵀ: its products are faster
             torch.bmm(weights, slope[tile], out=grad_value[tile])
-            torch.bmm(value[tile], slope[tile].transpose(1, 2), out=scratch)  # ∂L/∂Aᵀ
+            torch.bmm(value[tile], slope[tile].transpose(1, 2), out=scratch)  # ∂L/∂Aᵀ over sums
             scratch.sub_(mean[tile]).mul_(weights)  # ∂L/∂(K Qᵀ) over log 2, the softmax's backward
             torch.bmm(scratch, query[tile], out=grad_key[tile])
             torch.bmm(key_t[tile], scratch, out=grad_query_t[tile])
@@ -661,11 +661,11 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.widths = [channels // 8, channels // 8, channels]
         self.project = nn.Linear(channels, sum(self.widths))  # the three 1x1 convolutions at once
-        # DEVIATION: row 4, x + γ·attention(x) for attention(x), which averages the map away
+        # DEVIATION: row 4, x + γ·attention(x), not attention(x), which averages the map away
         self.gate = nn.Parameter(torch.zeros(())) if gated else None
 
     def forward(self, x: torch.Tensor, num_rows: int | None = None):
-        """Also returns the weights of all query rows (`num_rows` 0), of so many drawn at random, or None."""
+        """Returns (output, weights): of `num_rows` random query rows (0: all), or None if `num_rows` is None."""
         n = x.shape[1]
         query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/8), (B, n, C/8), (B, n, C)
         rows = None
@@ -697,7 +697,7 @@ class Leader(nn.Module):
             AttentionBlock(channels[k + 1], gated=args.attention == "gated") if args.attention != "none" else None
             for k in range(3)
         )
-        # DEVIATION: row 4, ReLU after LayerNorm: without it perception is linear but for attention
+        # DEVIATION: row 4, ReLU after LayerNorm: without it only LayerNorm and attention are nonlinear
         self.activation = nn.Identity() if args.attention == "figure4" else nn.ReLU(inplace=True)
         self.num_features, self.feature_scale = channels[-1] * sizes[-1] ** 2, args.feature_scale
         self.low_precision = args.matmul_precision == "bfloat16"
@@ -776,7 +776,7 @@ def action_distribution(logits: torch.Tensor) -> Distribution:
 
 
 def sample(policy: Distribution) -> torch.Tensor:
-    """policy.sample(), draw for draw, but for its checks, on whose outcome the host would wait for a GPU."""
+    """The draws of policy.sample(), without its checks, which would make the host wait for a GPU."""
     return (policy.probs / torch.empty_like(policy.probs).exponential_()).argmax(-1)
 
 
@@ -827,15 +827,15 @@ def collect_rollout(
     """
     num_steps, num_envs = rollout.rewards.shape
     rewards, terminations, dones = (np.zeros((num_steps, num_envs), dtype=np.float32) for _ in range(3))
-    cuts, games, policies = [], [], []
-    policy = torch.compile(act) if compiled else act
-    on_gpu = rollout.obs.is_cuda  # it copies from page-locked memory while the host goes on
+    cuts, games, all_logits = [], [], []
+    agent = torch.compile(act) if compiled else act
+    on_gpu = rollout.obs.is_cuda  # a GPU copies from page-locked memory while the host goes on
     staging = torch.empty(obs.shape, dtype=rollout.obs.dtype, pin_memory=on_gpu)
     for t in range(num_steps):
         rollout.obs[t].copy_(staging.copy_(torch.from_numpy(obs)), non_blocking=on_gpu)
-        logits, rollout.values[t] = policy(leader, follower, rollout.obs[t])
+        logits, rollout.values[t] = agent(leader, follower, rollout.obs[t])
         rollout.actions[t] = action = sample(action_distribution(logits))
-        policies.append(logits)
+        all_logits.append(logits)
 
         obs, rewards[t], terminated, truncated, info = envs.step(action.cpu().numpy())
         terminations[t], dones[t] = terminated, terminated | truncated
@@ -847,7 +847,7 @@ def collect_rollout(
             for row in np.flatnonzero(info["_episode"]):
                 games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
 
-    logprobs = action_distribution(torch.cat(policies)).log_prob(rollout.actions.flatten(0, 1))  # (T·N,)
+    logprobs = action_distribution(torch.cat(all_logits)).log_prob(rollout.actions.flatten(0, 1))  # (T·N,)
     rollout.logprobs.copy_(logprobs.view(num_steps, num_envs))
     rollout.next_values[:-1] = rollout.values[1:]
     rollout.next_values[-1] = follower(leader(torch.from_numpy(obs).to(rollout.obs.device)))[1]
@@ -901,7 +901,7 @@ def policy_objective(log_ratio, advantages, clip_coef):
 def perception_cost(attention: list[torch.Tensor], kind: str) -> torch.Tensor:
     """What the leader pays for its attention, C_θ of Eq. (9) before λ_c: in [0, 1].
 
-    attention: K row-stochastic tensors (B, n_k, n_k) -> (B,), the mean over layers. For "entropy"
+    attention: K row-stochastic tensors (B, n_k, n_k) -> (B,), the mean over layers (K = 0: scalar 0). For "entropy"
     and "l1", means over query rows, a sample of rows (B, r, n_k) gives an unbiased estimate.
     Raises ValueError on an unknown kind, and on sampled rows for "concentration".
     """
@@ -926,7 +926,7 @@ def perception_cost(attention: list[torch.Tensor], kind: str) -> torch.Tensor:
 
 
 def leader_loss(logits, values, cost, batch: Batch, args: Args):
-    """Minus the leader's utility u_L (Eq. 8, 10). `cost` is perception_cost (B,). Returns (loss, info), scalars."""
+    """Minus u_L (Eq. 8, 10), plus any weighted value error. `cost`: perception_cost. Returns (loss, info), scalars."""
     logprobs = action_distribution(logits).log_prob(batch.actions)  # (B,)
     if args.leader_objective == "clipped":
         # DEVIATION: row 5, PPO's trust region for the leader too: line 10 is unbounded where Â < 0
@@ -1009,12 +1009,12 @@ def normalise(x: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=8)
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Its parameters, remembered: to look for them anew takes a tenth of a small network's update."""
+    """Its parameters, cached: collecting them each time takes a tenth of a small network's update."""
     return dict(module.named_parameters())
 
 
 def one_vector(module: nn.Module) -> list[nn.Parameter]:
-    """Turns all of a player's parameters into views of one vector and returns that, or nothing if it has none."""
+    """Turns a player's parameters into views of one vector. Returns [that vector], or [] if there are none."""
     parameters = list(module.parameters())
     vectors = [nn.Parameter(flatten([parameter.detach() for parameter in parameters]))] if parameters else []
     for vector in vectors:
@@ -1024,7 +1024,7 @@ def one_vector(module: nn.Module) -> list[nn.Parameter]:
 
 
 def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
-    """Adam over one vector: one operation in place of one per tensor, a fifth of a small network's update."""
+    """Adam over one vector: one operation, not one per tensor, which small networks would spend much of a step on."""
     rate = args.learning_rate * (args.leader_rate_factor if isinstance(module, Leader) else 1)
     return torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
 
@@ -1034,10 +1034,10 @@ def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module):
-    """One step of the players along their `gradients`: means over processes, scaled down to the norm `max_norm`.
+    """One step of the players down their `gradients`, averaged over processes and clipped to the norm `max_norm`.
 
-    Returns the norm before. Raises FloatingPointError, naming the first tensor that is not finite,
-    before any harm is done. A GPU, which to ask would be to wait for, is asked after the epochs (`mean_info`).
+    Returns the norm before clipping. Raises FloatingPointError, naming the first tensor that is not finite,
+    before any harm is done; on a GPU, where a check means waiting, `mean_info` makes it after the epochs.
     """
     gradient = flatten(gradients)
     average([gradient])
@@ -1083,25 +1083,25 @@ def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch
 
 
 def simultaneous_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
-    """Both players move at once, from the same θ and φ: nobody leads. What lies between PPO and SPRIG, step by step."""
+    """Both players move at once, from the same θ and φ: nobody leads. The steps between PPO and SPRIG (--update)."""
     theta, phi = (list(named_parameters(player).values()) for player in (leader, follower))
     features, attention = leader(minibatch.obs, num_rows=cost_rows(args))
     logits, values = follower(features)
     loss, info = follower_loss(logits, values, minibatch, args)
     if args.update == "simultaneous":
         cost = perception_cost(attention, args.perception_cost)
-        leaders_loss, leader_info = leader_loss(logits, values, cost, minibatch, args)  # Eq. (8)
+        theta_loss, leader_info = leader_loss(logits, values, cost, minibatch, args)  # Eq. (8)
         info |= leader_info
-    else:  # PPO's, but the value error is none of θ's business
-        leaders_loss, _ = follower_loss(logits, values.detach(), minibatch, args)
-    leaders_gradients = differentiate(leaders_loss, theta, retain_graph=True)
-    gradients = differentiate(loss, phi)
+    else:  # PPO's, but θ takes no value gradient
+        theta_loss, _ = follower_loss(logits, values.detach(), minibatch, args)
+    theta_gradients = differentiate(theta_loss, theta, retain_graph=True)
+    phi_gradients = differentiate(loss, phi)
     if args.update == "stopped":  # under one norm clip, as in PPO
         optimizers, players = [leader_optimizer, follower_optimizer], {"leader": leader, "follower": follower}
-        norm = descend(optimizers, loss, leaders_gradients + gradients, args.max_grad_norm, **players)
+        norm = descend(optimizers, loss, theta_gradients + phi_gradients, args.max_grad_norm, **players)
         return info | {"losses/grad_norm": norm}
-    leader_norm = descend([leader_optimizer], leaders_loss, leaders_gradients, args.max_grad_norm, leader=leader)
-    follower_norm = descend([follower_optimizer], loss, gradients, args.max_grad_norm, follower=follower)
+    leader_norm = descend([leader_optimizer], theta_loss, theta_gradients, args.max_grad_norm, leader=leader)
+    follower_norm = descend([follower_optimizer], loss, phi_gradients, args.max_grad_norm, follower=follower)
     return info | {"leader/grad_norm": leader_norm, "losses/grad_norm": follower_norm}
 
 
@@ -1129,8 +1129,8 @@ def leader_gradient(
       function theorem, the solve by conjugate gradients (`cg_iterations`, `cg_tolerance` of the residual's norm).
     An option of another method is ignored. The correction, total minus first-order gradient, is scaled
     down to `clamp` times the first-order gradient's norm. By default nothing is damped or clamped.
-    `info` receives the correction's norm before that, relative to the first-order gradient's, the cosine
-    between the gradient returned and the first-order one, and the solve's relative residual.
+    `info` receives the unclamped correction's norm, relative to the first-order gradient's, the cosine between
+    the returned and the first-order gradient, and, for "implicit", the solve's relative residual.
     Raises ValueError on an unknown method.
     """
     if method not in ("first-order", "unrolled", "implicit"):
@@ -1230,7 +1230,7 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
     features, attention = leader(minibatch.obs, num_rows=cost_rows(args))  # line 7
     cost = perception_cost(attention, args.perception_cost)  # line 8, Eq. (9)
 
-    def leader_loss_fn(_, phi):  # of the leader's own θ, at which the features above were computed
+    def leader_loss_fn(_, phi):  # θ is not passed on: the features above were computed from it
         logits, values = call_with(follower, phi, features)  # line 9
         loss, info = leader_loss(logits, values, cost, minibatch, args)  # lines 10-11
         outcomes.append((loss.detach(), logits.detach(), info))
@@ -1245,7 +1245,7 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
     gradients = leader_gradient(
         leader_loss_fn, follower_loss_fn, theta, phi, args.leader_gradient, **options, info=gradient_info
     )
-    (loss_before, logits_before, leader_info), *_ = outcomes  # the first, at the θ and φ that the minibatch began with
+    loss_before, logits_before, leader_info = outcomes[0]  # at the θ and φ that the minibatch began with
     leader_norm = descend([leader_optimizer], loss_before, gradients, args.max_grad_norm, leader=leader)
 
     # 2. The follower sees what the leader now shows: features recomputed, θ held fixed (line 13).
@@ -1254,20 +1254,20 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
 
     # 3. The follower answers: descend L_φ in φ (lines 14-18).
     logits, values = follower(features)
-    # DEVIATION: row 6, line 17 adds C_θ, which does not depend on φ
+    # DEVIATION: row 6, line 17's C_θ left out: it does not depend on φ
     loss, info = follower_loss(logits, values, minibatch, args)
     gradients = torch.autograd.grad(loss, phi)
     follower_norm = descend([follower_optimizer], loss, gradients, args.max_grad_norm, follower=follower)
 
     with torch.no_grad():
-        moved = kl_divergence(action_distribution(logits_before), action_distribution(logits)).mean()
+        kl = kl_divergence(action_distribution(logits_before), action_distribution(logits)).mean()
     info |= leader_info | gradient_info
-    info |= {"leader/kl": moved, "leader/grad_norm": leader_norm, "losses/grad_norm": follower_norm}
+    info |= {"leader/kl": kl, "leader/grad_norm": leader_norm, "losses/grad_norm": follower_norm}
     return info
 
 
 def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
-    """All epochs over one rollout. Returns the means of what the losses report."""
+    """All epochs over one rollout. Returns the means of what the losses report, and `attention_info`."""
     step = {"stackelberg": stackelberg_step, "joint": joint_step}.get(args.update, simultaneous_step)
     step = torch.compile(step) if args.compile else step
     history = []
@@ -1285,7 +1285,7 @@ def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimi
 
 @torch.no_grad()
 def attention_info(leader: Leader, obs: torch.Tensor) -> dict[str, float]:
-    """The gates, and the normalised entropy of each layer's attention on one minibatch, after the update."""
+    """The gates, and each layer's normalised attention entropy (24 random rows) on the last minibatch."""
     info = {f"leader/{name}": gate.item() for name, gate in leader.gates().items()}
     for k, rows in enumerate(leader(obs, num_rows=24)[1], start=1):
         info[f"leader/attention_entropy_{k}"] = perception_cost([rows], "entropy").mean().item()
@@ -1293,7 +1293,7 @@ def attention_info(leader: Leader, obs: torch.Tensor) -> dict[str, float]:
 
 
 def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Means over minibatches (and processes), fetched from the device at once.
+    """Means over minibatches (and processes), fetched from the device in one go.
 
     Raises FloatingPointError if a loss or a gradient's norm is not finite.
     """
@@ -1331,7 +1331,7 @@ def start_run(args: Args) -> Path:
 
 
 def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
-    """Open TensorBoard (and Weights & Biases). Of a resumed run, points after `global_step` are purged."""
+    """Open TensorBoard (and Weights & Biases); in a resumed run, purge the points after `global_step`."""
     record = run_record(args)
     # The writer's thread hands its OSError to the main thread, which reports it (see `writing`).
     threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
@@ -1343,7 +1343,7 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
     if args.resume:
         before = json.loads((run_dir / "args.json").read_text())
         if before["versions"] != record["versions"]:
-            print(f"warning: {run_dir} was trained with {before['versions']}: not to the bit the same", file=sys.stderr)
+            print(f"warning: {run_dir} was trained with {before['versions']}: no longer bit-identical", file=sys.stderr)
         history = before.get("resumed", []) + [{"step": global_step, "versions_before": before["versions"]}]
         write_json(run_dir / "args.json", record | {"resumed": history})  # the new total, device, ...
         return SummaryWriter(run_dir, purge_step=global_step + 1)
@@ -1359,7 +1359,7 @@ def writing(run_dir: Path):
     try:
         yield
     except OSError as error:
-        fail(f"{run_dir} cannot be written: {error.strerror}; checkpoints that were saved before are untouched")
+        fail(f"{run_dir} cannot be written: {error.strerror}; earlier checkpoints are untouched")
 
 
 def run_record(args: Args) -> dict:
@@ -1445,7 +1445,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, shall outlast a power cut
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name should survive a power cut, too
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
@@ -1473,8 +1473,8 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
 def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     """Write checkpoint-<step>.pt: the state of all `parts`, `progress`, and the random state. Keeps the last two.
 
-    An emulator's state cannot be saved, so a checkpoint is a barrier for whoever runs on as for
-    whoever resumes: the caller restarts the games from a seed made of (seed, step).
+    The state of the games is not saved. So that a resumed run equals one that went on, the caller
+    restarts the games at each checkpoint, from seeds made of (seed, step).
     """
     state = {name: part.state_dict() for name, part in parts.items()} | {"progress": progress}
     state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()})
@@ -1496,7 +1496,7 @@ def read_state(path: Path, parts: dict) -> dict:
 
 
 def load_checkpoint(run_dir: Path, parts: dict) -> dict:
-    """Put the newest readable checkpoint into `parts`. Returns all that it holds."""
+    """Put the newest readable checkpoint into `parts`. Returns its "progress" and "random"."""
     for path in checkpoint_paths(run_dir):
         try:
             state = read_state(path, parts)
@@ -1535,7 +1535,7 @@ def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a file that is to be written anew, if it is there: evaluation.json becomes evaluation-1.json, -2, ..."""
+    """Rename a file, if it is there, before it is rewritten: evaluation.json becomes evaluation-1.json, -2, ..."""
     names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
     if path.exists():
         path.rename(next(name for name in names if not name.exists()))
@@ -1571,7 +1571,7 @@ def report_evaluation(run_dir: Path, evaluation: dict) -> None:
 class StopSignal:
     """SIGINT and SIGTERM: the first lets the iteration end and be saved, the second exits at once.
 
-    While `interrupt` is set, when all is saved already, the first raises KeyboardInterrupt.
+    Once all is saved, which sets `interrupt`, the first raises KeyboardInterrupt.
     """
 
     def __enter__(self):
@@ -1590,8 +1590,8 @@ class StopSignal:
         self.requested = True
         if self.interrupt:
             raise KeyboardInterrupt
-        with contextlib.suppress(OSError):  # print is not to be used here: the signal may fall into another print
-            os.write(2, b"\nstopping after this iteration; once more to exit at once\n")
+        with contextlib.suppress(OSError):  # not print: the signal may have interrupted another print
+            os.write(2, b"\nstopping after this iteration; repeat to exit at once\n")
 
 
 # ==================================================================================================
@@ -1629,7 +1629,7 @@ def train(args: Args, stop: StopSignal) -> dict:
     follower = Follower(leader.num_features, envs.single_action_space).to(device)
     leader_optimizer, follower_optimizer = (make_optimizer(player, args) for player in (leader, follower))
     if rank:
-        torch.manual_seed(args.seed + (rank << 32))  # the same networks everywhere, other actions
+        torch.manual_seed(args.seed + (rank << 32))  # the same networks in all, different actions
     run_dir = start_run(args)
     parts = {"leader": leader, "follower": follower}
     parts |= {"leader_optimizer": leader_optimizer, "follower_optimizer": follower_optimizer}
@@ -1643,7 +1643,7 @@ def train(args: Args, stop: StopSignal) -> dict:
     else:
         save_checkpoint(run_dir, parts, progress)
     if rank == 0 and progress["global_step"] + args.num_steps * args.num_envs <= args.total_timesteps:
-        set_aside(run_dir / "model.pt")  # of the end that this run had before it was extended
+        set_aside(run_dir / "model.pt")  # left by this run's end before it was extended
         set_aside(run_dir / "evaluation.json")
     writer = start_writer(run_dir, args, progress["global_step"]) if rank == 0 else None
 
@@ -1727,7 +1727,7 @@ def train(args: Args, stop: StopSignal) -> dict:
         if args.eval_episodes:
             evaluation = evaluate(leader, follower, args, device)
             report_evaluation(run_dir, evaluation)
-            for statistic in ("mean", "std"):  # a step on, so that a resumed run purges and writes it anew
+            for statistic in ("mean", "std"):  # one step on: a resumed run purges it and writes it anew
                 writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:

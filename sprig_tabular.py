@@ -58,7 +58,7 @@ class Args:
     lam: float = 0.003
     """price of perception, λ: a step with perception θ costs λ·C_θ(s)"""
     follower: Follower = "cooperative"
-    """whether the follower maximises f (the game's words) or minimises it (Eq. 13 as printed)"""
+    """whether the follower maximises f (the paper's text) or minimises it (Eq. 13 as printed)"""
 
     # -- What is computed --
     lambdas: tuple[float, ...] = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -110,9 +110,9 @@ def parse_args() -> Args:
 # ==================================================================================================
 @dataclass(frozen=True, eq=False)
 class TabularMdp:
-    """P (S, A, S): probability of living on in s'; rows sum to 1 minus the chance of the end. R (S, A): mean reward.
+    """P (S, A, S): probability of going on from s'; rows sum to 1 minus that of the end. R (S, A): mean reward.
 
-    `start` (S,) is where episodes begin, if that is known. Raises ValueError if the arrays make no discounted MDP.
+    `start` (S,): distribution of the first state, if known. Raises ValueError if the arrays make no discounted MDP.
     """
 
     P: np.ndarray
@@ -158,7 +158,7 @@ def toy_text_mdp(env_id: str, gamma: float, **kwargs) -> TabularMdp:
 
 
 def reachable_states(mdp: TabularMdp, start: np.ndarray) -> np.ndarray:
-    """(S,) whether some policy that begins in `start` (S,) may be there, alive."""
+    """(S,) whether some policy can be there, starting from `start` (S,), before the end."""
     reached = start > 0
     while (grown := reached | mdp.P[reached].any(axis=(0, 1))).sum() > reached.sum():
         reached = grown
@@ -188,7 +188,7 @@ def grid_perceptions(num_rows: int, num_columns: int) -> Perceptions:
 
 
 def toy_text_perceptions(env: gym.Env) -> tuple[Perceptions, np.ndarray, str, str]:
-    """(perceptions, states to be drawn as a map (rows, columns), what the map shows, one sign per action)."""
+    """(perceptions, states to be drawn as a map (rows, columns), caption, one symbol per action)."""
     num_states = int(env.observation_space.n)
     if hasattr(env, "nrow"):  # FrozenLake
         shape, signs = (env.nrow, env.ncol), "←↓→↑"
@@ -202,7 +202,7 @@ def toy_text_perceptions(env: gym.Env) -> tuple[Perceptions, np.ndarray, str, st
         partitions |= {"place+dest.": 4 * place + destination, "place+pass.": 5 * place + passenger}
         scene = np.arange(0, 500, 20).reshape(5, 5) + 4 * 4 + 1  # passenger aboard, destination green
         return with_costs(partitions | {"identity": np.arange(500)}), scene, ",\npassenger aboard, to green", "↓↑→←PD"
-    raise ValueError("no perceptions are known for it: FrozenLake, CliffWalking and Taxi have some")
+    raise ValueError("perceptions are defined only for FrozenLake, CliffWalking and Taxi")
 
 
 def per_state(perceptions: np.ndarray) -> np.ndarray:
@@ -214,7 +214,7 @@ def per_state(perceptions: np.ndarray) -> np.ndarray:
 # The operator
 # ==================================================================================================
 def make_operator(mdp: TabularMdp, perceptions, costs, lam: float, follower: Follower):
-    """The function f (S, A) -> value of each perception (K, S, A), of which T_S f is the maximum over k.
+    """The map from f (S, A) to each perception's value (K, S, A), whose maximum over k is T_S f.
 
     What does not depend on f is done here, once: only the nonzero entries of P count (Taxi: 3000 of 1.5 million),
     sorted so that each run of entries is one cell z of one perception, reached from one (s, a).
@@ -245,9 +245,9 @@ def make_operator(mdp: TabularMdp, perceptions, costs, lam: float, follower: Fol
     def operator(q: np.ndarray) -> np.ndarray:
         if q.shape != mdp.R.shape or not np.isfinite(q).all():
             raise ValueError(f"q must be finite and of shape {mdp.R.shape}, not {q.shape}")
-        mass = probability * q.T.take(successor, axis=1)  # (A, entries) P(s'|s, a) f(s', a')
-        mass = np.add.reduceat(mass, first, axis=1)  # (A, cells) the sum over s' in z
-        future = np.bincount(owner, weights=opt(mass, axis=0), minlength=paid.size)  # one a' per cell
+        terms = probability * q.T.take(successor, axis=1)  # (A, K * entries) P(s'|s, a) f(s', a')
+        sums = np.add.reduceat(terms, first, axis=1)  # (A, number of (k, s, a, z)) the sum over s' in z
+        future = np.bincount(owner, weights=opt(sums, axis=0), minlength=paid.size)  # one a' per cell
         return paid + mdp.gamma * future.reshape(paid.shape)
 
     return operator
@@ -264,8 +264,8 @@ def stackelberg_bellman(q, mdp: TabularMdp, perceptions, costs, lam: float, foll
 def solve(mdp: TabularMdp, perceptions, costs, lam: float, follower: Follower = "cooperative", tol=1e-8, q=None):
     """Iterate T_S from q (0 if not given). Returns f* (S, A), off by at most `tol`, and each sweep's residual (n,).
 
-    Stops when the a-posteriori bound γ/(1−γ)·‖f_n − f_{n−1}‖ is at most `tol`, and the residual too; or after as
-    many sweeps as theory grants that bound, when only rounding is left.
+    Stops when the residual and the a-posteriori bound γ/(1−γ)·‖f_n − f_{n−1}‖ are at most `tol`; or after as many
+    sweeps as Eq. (14) needs for that, when only rounding is left.
     """
     if not tol > 0:
         raise ValueError(f"tol must be positive, not {tol}")
@@ -398,7 +398,7 @@ def contraction_factors(operator, mdp: TabularMdp, pairs: Iterable, rng: np.rand
 
 
 def error_curve(operator, q: np.ndarray, fixed_point: np.ndarray, floor: float) -> list[float]:
-    """‖T_Sⁿ q − f*‖ for n = 0, 1, ... until it is at most `floor`, the accuracy of f* (or no longer falls)."""
+    """‖T_Sⁿ q − f*‖ for n = 0, 1, ... until it is at most `floor`, the accuracy of f* (or 100 000 values)."""
     errors = [float(np.abs(q - fixed_point).max())]
     while errors[-1] > floor and len(errors) < 100_000:
         q = operator(q).max(axis=0)
@@ -596,7 +596,7 @@ def draw(path: Path, results: dict, perceptions: Perceptions, maps: list, scene:
     for kind, colour, label in (("random", "#56B4E9", "random f, g"), ("shifted", "#E69F00", "g = f + constant")):
         factors.hist(results["factors"][kind], bins=bins, color=colour, label=label)
     factors.axvline(gamma, color="k", ls="--", lw=1.5, label=f"γ = {gamma:g}")
-    factors.set(title="... by at most γ, and no bound is better", ylabel="pairs", yscale="log")
+    factors.set(title="... by a factor ≤ γ, and no bound is better", ylabel="pairs", yscale="log")
     factors.set_xlabel("‖T_S f − T_S g‖ / ‖f − g‖")
 
     places, prices = np.arange(len(sweep)), [row["lambda"] for row in sweep]
@@ -621,7 +621,7 @@ def draw(path: Path, results: dict, perceptions: Perceptions, maps: list, scene:
         heights = np.array([row["T_S"]["shares"][name] for row in sweep])
         shares.bar(places, heights, 0.85, bottom=base, color=shade, edgecolor="white", lw=0.5, label=name)
         base += heights
-    shares.set(title="What the leader buys under T_S", xlabel="price of perception λ", ylabel="share of all (s, a)")
+    shares.set(title="What the leader buys under T_S", xlabel="price of perception λ", ylabel="share of live (s, a)")
     for axis in (values, shares):
         axis.set_xticks(places, ticks)
     for axis in (errors, factors, values):

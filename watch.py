@@ -3,8 +3,8 @@
     python watch.py runs/<run>
 
 Writes <run>/watch.mp4 and <run>/watch.png (a contact sheet). Every picture shows one moment. Of an Atari run: the
-newest frame of the observation, upscaled; on it, for each attention layer of SPRIG, the attention that each location
-receives (red: more than uniform, dark: less; see `attention_overlay`). Of a run on state vectors: the rendered
+newest frame of the observation, upscaled; beside it, for each attention layer of SPRIG, the same with the attention on
+each location (red: more than uniform, dark: less; see `attention_overlay`). Of a run on state vectors: the rendered
 environment, and for each attention layer which entry of the observation (row) attends to which (see `attention_map`).
 Below: the probability of each action, or the mean of each entry of the action; the value, and the score so far. A PPO
 run has no attention to show.
@@ -54,6 +54,7 @@ class Moment(NamedTuple):
 
     pictures: list[tuple[str, np.ndarray]]  # title and RGB image (H, W, 3) uint8, of one height
     actions: list[tuple[str, float, str]]  # name, height of its bar in [-1, 1], what to write below
+    signed: bool  # whether bars go down as well
     value: float
     score: float
 
@@ -77,20 +78,20 @@ def load_run(run: Path):
     return script, args, leader, follower, envs
 
 
-def play(script, args, leader, follower, envs, settings: Args):
+def play(script, run_args, leader, follower, envs, args: Args):
     """Yields the `Moment` before each step of one game."""
-    torch.manual_seed(settings.seed)
-    obs, _ = envs.reset(seed=script.env_seeds(settings.seed, 2, num_envs=1))  # stream 2: not training, not evaluation
-    view = AtariView(script, envs) if "atari" in script.__name__ else VectorView(script, envs, args)
+    torch.manual_seed(args.seed)
+    obs, _ = envs.reset(seed=script.env_seeds(args.seed, 2, num_envs=1))  # stream 2: not training, not evaluation
+    view = AtariView(script, envs) if "atari" in script.__name__ else VectorView(script, envs, run_args)
     score = 0.0
-    for _ in range(settings.steps):
+    for _ in range(args.steps):
         with torch.inference_mode():
             seen = torch.from_numpy(obs)
             logits, value = follower(leader(seen))
             policy = script.action_distribution(logits)
-            action = policy.mode if settings.greedy else script.sample(policy)
+            action = policy.mode if args.greedy else script.sample(policy)
             pictures = view.pictures(seen, leader)
-        yield Moment(pictures, view.actions(policy), value.item(), score)
+        yield Moment(pictures, view.actions(policy), not hasattr(policy, "probs"), value.item(), score)
         obs, rewards, _, _, info = envs.step(action.numpy())
         score += float(rewards[0])
         if "_episode" in info:
@@ -122,7 +123,7 @@ class VectorView:
 
     def __init__(self, script, envs, args):
         self.script, self.envs, self.names = script, envs, script.observation_names(args)
-        self.screen = True
+        self.can_render = True
 
     def pictures(self, obs: torch.Tensor, leader) -> list[tuple[str, np.ndarray]]:
         pictures = [("environment", self.render())]
@@ -134,18 +135,18 @@ class VectorView:
         return pictures
 
     def render(self) -> np.ndarray:
-        if self.screen:
+        if self.can_render:
             try:
                 return to_height(self.envs.render()[0])
             except Exception as error:  # of any graphics library
                 print(f"warning: the environment cannot be rendered: {error}", file=sys.stderr)
-                self.screen = False
+                self.can_render = False
         return np.full((SIDE, SIDE, 3), 60, dtype=np.uint8)
 
     def actions(self, policy) -> list[tuple[str, float, str]]:
         if hasattr(policy, "probs"):
             return [(f"action {i}", p, f"{100 * p:.0f}%") for i, p in enumerate(policy.probs[0].tolist())]
-        space = self.envs.unwrapped.envs[0].unwrapped.action_space  # its bounds, in which actions are clipped
+        space = self.envs.unwrapped.envs[0].unwrapped.action_space  # the environment clips actions to its bounds
         means = policy.mean[0].numpy()
         shares = np.clip(means / np.maximum(np.abs(space.low), np.abs(space.high)), -1, 1)
         return [(f"action {i}", float(share), f"{mean:.2f}") for i, (share, mean) in enumerate(zip(shares, means))]
@@ -169,14 +170,12 @@ def draw(moment: Moment) -> np.ndarray:
     line = f"score {moment.score:.5g}    value {moment.value:.2f}"
     cv2.putText(panel, line, (8, 20), FONT, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
     width = panel.shape[1] // len(moment.actions)
-    signed = any(share < 0 for _, share, _ in moment.actions)
-    base, full = (64, 30) if signed else (96, 60)
+    base, full = (64, 30) if moment.signed else (96, 60)
     strongest = max(share for _, share, _ in moment.actions)
     for i, (name, share, label) in enumerate(moment.actions):
         left, end = i * width + 4, base - round(share * full)
-        colour = (
-            (120, 200, 255) if share == strongest and not signed else (110, 150, 180) if signed else (110, 110, 110)
-        )
+        plain = (110, 150, 180) if moment.signed else (110, 110, 110)
+        colour = (120, 200, 255) if share == strongest and not moment.signed else plain
         cv2.rectangle(panel, (left, min(base, end)), (left + width - 8, max(base, end)), colour, -1)
         size = min(0.4, 0.4 * (width - 6) / cv2.getTextSize(name, FONT, 0.4, 1)[0][0])
         cv2.putText(panel, name, (left, 110), FONT, size, (220, 220, 220), 1, cv2.LINE_AA)

@@ -463,7 +463,7 @@ def play_on_ray(runs: list[Run], report: Report, address: str | None) -> None:
             if report.ended(run, problem):
                 submit(run)
     except KeyboardInterrupt:
-        print("stopping: every run saves a checkpoint; once more to exit at once", flush=True)
+        print("stopping: every run saves a checkpoint; repeat to exit at once", flush=True)
         for events in sittings:
             ray.cancel(events)
         for events in sittings:

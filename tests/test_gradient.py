@@ -501,7 +501,7 @@ BAD = {
     "negative tolerance": ({"cg_tolerance": -1e-3}, "--cg-tolerance must not be negative"),
     "negative clamp": ({"correction_clamp": -1.0}, "--correction-clamp must not be negative"),
     "no leader": ({"leader_gradient": "implicit", "update": "joint"}, "set --update stackelberg"),
-    "not unrolled": ({"unroll_steps": 5}, "--unroll-steps would do nothing here: it is of --leader-gradient unrolled"),
+    "not unrolled": ({"unroll_steps": 5}, "--unroll-steps would do nothing here: it is for --leader-gradient unrolled"),
     "not implicit": ({"cg_iterations": 5, "leader_gradient": "unrolled"}, "--cg-iterations would do nothing here"),
     "nothing to clamp": ({"correction_clamp": None}, "--correction-clamp would do nothing here"),
     "literal": ({"leader_gradient": "unrolled", "paper_literal": True}, "--paper-literal decides --leader-gradient"),
