@@ -203,7 +203,7 @@ def check_args(args: Args) -> Args:
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     on_gpu = pick_device(args.device).type == "cuda"
-    if args.matmul_precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
+    if args.matmul_precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--matmul-precision bfloat16: this GPU does not compute in bfloat16; leave it out")
     if args.track:
         try:
@@ -981,7 +981,8 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     restarts the games at each checkpoint, from seeds made of (seed, step).
     """
     state = {name: part.state_dict() for name, part in parts.items()} | {"progress": progress}
-    state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()})
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []  # of the one that this process trains on
+    state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": gpu})
     if processes()[0] == 0:
         write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
         for path in checkpoint_paths(run_dir)[2:]:
@@ -1020,8 +1021,8 @@ def restore_random_state(states: list[dict]) -> None:
     if len(states) != num_processes:
         fail(f"that run was trained by {len(states)} process(es), not {num_processes}; resume it with as many")
     torch.set_rng_state(states[rank]["cpu"])
-    if len(states[rank]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states[rank]["cuda"])
+    if states[rank]["cuda"] and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states[rank]["cuda"][0])
 
 
 def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
@@ -1056,11 +1057,11 @@ def evaluate_run(args: Args) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     envs = make_envs(dataclasses.replace(args, num_envs=1))
-    leader = Leader(envs.single_observation_space, args)
-    follower = Follower(leader.num_features, envs.single_action_space)
+    leader = Leader(envs.single_observation_space, args).to(device)
+    follower = Follower(leader.num_features, envs.single_action_space).to(device)
     envs.close()
     load_agent(run_dir, leader, follower)
-    evaluation = evaluate(leader.to(device), follower.to(device), args, device)
+    evaluation = evaluate(leader, follower, args, device)
     report_evaluation(run_dir, evaluation)
     return evaluation
 

@@ -37,7 +37,7 @@ import numpy as np
 import tyro
 from collect import fail
 from gradient_cost import resident
-from speed import TWINS, cpu_model, output_of, read
+from speed import TWINS, cpu_model, output_of, read, steady_speed
 
 SCRIPTS = {family: dict(zip(("PPO", "SPRIG"), (Path(name).stem for name in twins))) for family, twins in TWINS.items()}
 SWEEPS = {
@@ -154,21 +154,17 @@ def measure_point(args: Args) -> dict:
 
 
 def torchrun(family: str, name: str, processes: int, args: Args) -> dict:
-    """Seconds per 1000 agent steps of a whole training, start-up not counted."""
+    """Seconds per 1000 agent steps of a training, start-up and its first rollout not counted."""
     import resource
 
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    steps = {"atari": 1024, "continuous": 8192}[family]
+    steps = {"atari": 1536, "continuous": 8704}[family]  # the first 512 are not counted
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += [f"{ROOT / SCRIPTS[family][name]}.py", "--run-dir", f"{folder}/run", "--eval-episodes", "0"]
         command += ["--total-timesteps", str(steps), "--num-envs", "8", "--num-steps", "64", "--threads", "1"]
         command += ["--device", args.device]
         output_of(command, " ".join(command), env=os.environ | {"OMP_NUM_THREADS": "1"})
-        events = EventAccumulator(f"{folder}/run")
-        events.Reload()
-        seconds = 1000 / events.Scalars("charts/SPS")[-1].value
+        seconds = 1000 / steady_speed(f"{folder}/run")
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     return {"seconds": seconds, "megaflop": float("nan"), "peak memory, MiB": memory}
 

@@ -6,7 +6,8 @@
     python benchmark/speed.py --device cuda
 
 Each round trains each of the three for `steps` agent steps, in a process of its own, so that a machine whose speed
-drifts slows all of them; ratios are taken within a round and their median reported. Start-up is not counted.
+drifts slows all of them; ratios are taken within a round and their median reported. Start-up is not counted, nor is
+the first rollout with its update, in which kernels are chosen and, on a GPU, loaded.
 stable-baselines3 plays through its own wrappers: Atari's, environments in one process (its default), or VecNormalize.
 
 After the rounds each twin trains once more under a clock, which tells the phases apart (on a GPU it waits for the
@@ -127,7 +128,12 @@ def watch_phases(script, clock: Clock) -> list:
         return envs
 
     def first_rollout(*inputs):
+        script.collect_rollout = second_rollout
+        return collect_rollout(*inputs)
+
+    def second_rollout(*inputs):
         clock.start()
+        steps[0] = 0
         script.collect_rollout = collect_rollout
         clock.watch(script, "collect_rollout", "inference")
         return script.collect_rollout(*inputs)
@@ -231,29 +237,38 @@ def stable_baselines3(args: Args) -> dict:
         vf_coef=settings.vf_coef,
         device=args.device,
     )
+    model.learn(settings.num_envs * settings.num_steps)  # one rollout
     start = time.perf_counter()
-    model.learn(args.steps)
+    model.learn(args.steps, reset_num_timesteps=False)
     return {"steps per second": args.steps / (time.perf_counter() - start)}
 
 
 def ours(name: str, args: Args) -> dict:
     """One training run. With `clock`, each phase's share of the time, and the limits."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     script = importlib.import_module(Path(name).stem)
-    settings = {"device": args.device, "threads": args.threads, "total_timesteps": args.steps, "eval_episodes": 0}
+    settings = {"device": args.device, "threads": args.threads, "eval_episodes": 0} | SETTINGS[args.settings]
+    rollout = script.Args(**settings).num_envs * script.Args(**settings).num_steps
+    settings |= {"total_timesteps": rollout + args.steps}
     clock = Clock(args.device)
     steps = watch_phases(script, clock) if args.clock else []
     with tempfile.TemporaryDirectory() as folder:
-        script.main(script.Args(run_dir=f"{folder}/run", **settings, **SETTINGS[args.settings]))
+        script.main(script.Args(run_dir=f"{folder}/run", **settings))
         clock.turn_to(["other"])
         if args.clock:
             total = sum(clock.seconds.values())
             shares = {f"share: {phase}": seconds / total for phase, seconds in clock.seconds.items()}
             return shares | limits(steps, args) | operations(steps)
-        events = EventAccumulator(f"{folder}/run")
-        events.Reload()
-        return {"steps per second": events.Scalars("charts/SPS")[-1].value}
+        return {"steps per second": steady_speed(f"{folder}/run")}
+
+
+def steady_speed(run_dir: str) -> float:
+    """Steps per second of a run after its first rollout."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(run_dir, size_guidance={"scalars": 0})
+    events.Reload()
+    first, *_, last = events.Scalars("charts/SPS")  # steps per second since the first rollout began
+    return (last.step - first.step) / (last.step / last.value - first.step / first.value)
 
 
 def contest(args: Args) -> dict:

@@ -22,6 +22,7 @@ FAMILIES = [
     "dm_control/cartpole-balance-v0", "dm_control/cheetah-run-v0",
 ]  # fmt: skip
 SMALL = {"num_steps": 64, "minibatch_size": 32, "update_epochs": 1, "max_episode_steps": 25, "threads": 1}
+SMALL |= {"device": "cpu"}
 RUN = {**SMALL, "total_timesteps": 384, "checkpoint_interval": 64, "eval_episodes": 2}
 
 

@@ -43,22 +43,27 @@ def build_on(device, script, args):
     return leader, follower, *optimizers, script.Batch(*(column.to(device) for column in batch))
 
 
-def step_of(script, update):
-    step = {"stackelberg": getattr(script, "stackelberg_step", None), "joint": script.joint_step}.get(update)
-    return step or getattr(script, "simultaneous_step", script.joint_step)
+def step_of(script, args):
+    kind = getattr(args, "update", "joint")
+    return getattr(script, f"{kind}_step", None) or script.simultaneous_step
 
 
-UPDATES = ["stackelberg", "simultaneous", "stopped", "joint"]
+CASES = [{"update": kind} for kind in ("stackelberg", "simultaneous", "stopped", "joint")] + [{"attention": "none"}]
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_no_gradient_step_asks_the_device_for_a_number(script, update, monkeypatch):
+def known(script, settings):
+    """Those that the script has: the baseline is one of the cases itself."""
+    return {name: value for name, value in settings.items() if hasattr(script.Args, name)}
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_no_gradient_step_asks_the_device_for_a_number(script, settings, monkeypatch):
     """A tensor on "meta" has no values: whatever would wait for them raises. Mixed devices raise as well."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
-    args = script.Args(**({"update": update} if hasattr(script.Args, "update") else {}))
+    args = script.Args(**known(script, settings))
     *players, batch = build_on("meta", script, args)
     minibatch = script.select_minibatch(batch, torch.arange(64, device="meta"), args)
-    info = step_of(script, update)(*players, minibatch, args)
+    info = step_of(script, args)(*players, minibatch, args)
     assert {value.device.type for value in info.values()} == {"meta"}
 
 
@@ -76,11 +81,11 @@ def test_actions_are_drawn_as_the_distribution_draws_them(name):
 
 
 @needs_gpu
-@pytest.mark.parametrize("update", UPDATES)
-def test_no_gradient_step_waits_for_the_gpu(script, update):
-    args = script.Args(**({"update": update} if hasattr(script.Args, "update") else {}))
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_no_gradient_step_waits_for_the_gpu(script, settings):
+    args = script.Args(**known(script, settings))
     *players, batch = build_on("cuda", script, args)
-    step = step_of(script, update)
+    step = step_of(script, args)
     step(*players, batch, args)  # the first one prepares kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

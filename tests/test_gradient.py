@@ -468,6 +468,7 @@ def test_losses_of_a_step_are_reported_as_they_were_before_it():
 @pytest.mark.parametrize("method", METHODS)
 def test_beamrider_trains_with_the_total_derivative(method, tmp_path):
     settings = {"num_envs": 2, "num_steps": 8, "minibatch_size": 8, "update_epochs": 1, "total_timesteps": 32}
+    settings |= {"device": "cpu"}
     sprig.main(sprig.Args(leader_gradient=method, eval_episodes=0, run_dir=str(tmp_path / "run"), **settings))
     logged = scalars(tmp_path / "run")
     assert all(np.isfinite([value for _, value in points]).all() for points in logged.values())
@@ -482,7 +483,7 @@ def test_cartpole_is_solved_with_the_total_derivative(method, tmp_path):
     args = script.Args(
         env_id="CartPole-v1", total_timesteps=32_768, num_envs=4, num_steps=256, minibatch_size=128,
         learning_rate=1e-3, target_kl=None, threads=1, eval_episodes=10, run_dir=str(tmp_path / "run"),
-        leader_gradient=method,
+        leader_gradient=method, device="cpu",
     )  # fmt: skip
     evaluation = script.main(args)
     logged = scalars(tmp_path / "run")

@@ -60,7 +60,14 @@ def test_a_game_is_seen_as_in_training():
 @pytest.mark.parametrize("script", [sprig_atari, sprig_continuous, ppo_continuous_baseline])
 def test_real_runs_are_probed(script, tmp_path):
     atari = script is sprig_atari
-    settings = {"num_envs": 2, "num_steps": 32, "minibatch_size": 32, "total_timesteps": 64, "eval_episodes": 0}
+    settings = {
+        "num_envs": 2,
+        "num_steps": 32,
+        "minibatch_size": 32,
+        "total_timesteps": 64,
+        "eval_episodes": 0,
+        "device": "cpu",
+    }
     settings |= {} if atari else {"env_id": "Pendulum-v1", "distractors": 2, "observation_noise": 0.1}
     script.main(script.Args(run_dir=str(tmp_path / "run"), threads=1, **settings))
     command = [sys.executable, "benchmark/probe.py", str(tmp_path / "run"), "--steps", "40"]

@@ -86,6 +86,7 @@ def test_torchrun_trains_and_resumes(name, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     settings = {"num-envs": 4, "num-steps": 16, "minibatch-size": 16, "max-episode-steps": 20, "eval-episodes": 1}
+    settings |= {"device": "cpu"}  # there may be a single GPU
     if name in CONTINUOUS:
         settings |= {"env-id": "Pendulum-v1"}
     flags = [f"--{key}={value}" for key, value in settings.items()]

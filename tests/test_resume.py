@@ -17,6 +17,7 @@ from conftest import ROOT, TWINS, build
 from test_runs import scalars
 
 SMALL = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "max_episode_steps": 20}
+SMALL |= {"device": "cpu"}
 RUN = {**SMALL, "total_timesteps": 256, "checkpoint_interval": 64, "eval_episodes": 2, "anneal_lr": True, "threads": 1}
 
 
@@ -328,3 +329,15 @@ def test_a_loaded_agent_acts_like_the_trained_one(script, tmp_path, monkeypatch)
     script.load_agent(tmp_path / "run", leader, follower)
     with torch.no_grad():
         assert torch.equal(follower(leader(obs))[0], seen[0])
+
+
+def test_a_gpu_that_cannot_be_used_does_not_disturb_a_run_on_the_cpu(script, tmp_path, monkeypatch):
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 1)  # the driver is there, but not for this PyTorch
+    monkeypatch.setattr(torch.cuda.random, "_lazy_init", too_old)
+    args = script.Args(run_dir=str(tmp_path / "run"), **{**RUN, "total_timesteps": 64, "eval_episodes": 0})
+    script.main(args)
+    script.main(script.dataclasses.replace(args, resume=str(tmp_path / "run"), total_timesteps=128))
+    assert (tmp_path / "run" / "checkpoint-128.pt").exists()

@@ -12,6 +12,7 @@ from patch_task import PatchEnvs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SMALL = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "minibatch_size": 32, "eval_episodes": 0}
+SMALL |= {"device": "cpu"}  # where equal runs are equal bit for bit; tests/test_gpu.py is for GPUs
 
 
 def scalars(run_dir):
@@ -28,7 +29,7 @@ def test_learns_where_things_are(script, tmp_path, monkeypatch, shuffled):
     monkeypatch.setattr(script, "make_envs", lambda args: PatchEnvs(args.num_envs, shuffled))
     args = script.Args(
         run_dir=str(tmp_path / "run"), total_timesteps=1024 if shuffled else 2048, num_steps=32,
-        learning_rate=3e-4, gamma=0.5, eval_episodes=20,
+        learning_rate=3e-4, gamma=0.5, eval_episodes=20, device="cpu",
     )  # fmt: skip
     evaluation = script.main(args)
     if not shuffled:
