@@ -7,8 +7,8 @@ Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<m
 the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png`, and in the documents all that
 stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison" (of final scores)
 or "comparison over training" (of means over training), "runs", or what speed.py or scale.py measured,
-`<results>/NAME.csv`, under the first line of NAME.md (with "summary", the first table of it), or what probe.py did,
-`<results>/probe*.csv`. `<results>/scale.png` is drawn from scale.csv.
+`<results>/NAME.csv`, under the first line of NAME.md (with "summary", the first table of it), or what probe.py or
+blind.py did, `<results>/probe*.csv` and `blind*.csv`. `<results>/scale.png` is drawn from scale.csv.
 
 The same for every matrix:
 
@@ -656,7 +656,7 @@ def main(args: Args) -> None:
         tables[f"{path.stem} summary"] = "\n\n".join(tables[path.stem].split("\n\n")[:2])  # its head and first table
         if measured is scale:
             figures[path.with_suffix(".png")] = scale.draw(rows)
-    for path in sorted(args.results.glob("probe*.csv")):
+    for path in sorted([*args.results.glob("probe*.csv"), *args.results.glob("blind*.csv")]):
         rows = list(csv.reader(path.read_text().splitlines()))
         if len(rows) < 2 or len(set(map(len, rows))) > 1:
             fail(f"{path} is no table with a head and rows of equal length")
