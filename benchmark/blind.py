@@ -111,7 +111,7 @@ def beside_its_blind_copy(run: Path, settings: Args) -> list[str]:
     mean = probabilities.mean(0)
     copied, _ = play(script, args, settings.seed, lambda obs: mean.multinomial(len(obs), replacement=True).numpy())
     own = entropy(probabilities).mean()
-    numbers = f"{returns.mean():.0f}", f"{copied.mean():.0f}", f"{own:.2f}", f"{entropy(mean) - own:.2f}"
+    numbers = f"{returns.mean():.0f}", f"{copied.mean():.0f}", f"{own:.2f}", f"{(entropy(mean) - own).clamp_min(0):.2f}"
     print(f"{run}: {', '.join(numbers)}", file=sys.stderr)
     return [str(run), *numbers]
 
