@@ -4,7 +4,7 @@
     python benchmark/blind.py RUN_DIR ...                        # trained agents, each beside its blind copy
 
 A blind copy draws its actions from the agent's mean probabilities, over all steps of the agent's games, whatever it
-sees. If it scores what the agent does, nothing that the agent perceived was of use.
+sees. If it scores what the agent does, within the error of so many games, nothing shows that perceiving was of use.
 
 Of an agent's policy π, in nats: `entropy`, the mean of that of π(·|s) over these steps, and `information`, the entropy
 of the mean probabilities less that: the mutual information of observation and action, 0 if they do not depend on it.

@@ -9,8 +9,8 @@ A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`,
 (cpus is also its --threads; 0 gpus hides them), `[flags]` of every run, and `[arms.<label>]` with `title`, `script` and
 `flags` of its own. The first arm is what the others are compared with. An arm with `beginning_of`, the name of another
 matrix, is not played here: its results are the first steps of that matrix's longer runs of the same label, as they are
-what a shorter run would have been (which is why its step size may not be annealed). All is checked before anything
-starts.
+what a shorter run would have been, but for games restarted at other checkpoints (and so its step size may not be
+annealed). All is checked before anything starts.
 
 Each run is the ordinary script as a process of its own, in `<runs>/<matrix>/<task>__<arm>__<seed>`, its output in a
 .log beside that. Once it is finished it is exported as benchmark/collect.py says. Call the same command again as often
