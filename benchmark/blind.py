@@ -13,7 +13,6 @@ Actions must be choices. All games are whole and count, one environment each, as
 called <task>__<arm>__<seed>, as run.py calls them, make one row: mean ± standard deviation over their seeds.
 """
 
-import csv
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -26,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import tyro
-from collect import fail, render
-from probe import over_seeds
+from collect import fail
+from probe import check, write_table
 
 import ppo_atari_baseline
 from watch import load_run
@@ -117,26 +116,14 @@ def beside_its_blind_copy(run: Path, settings: Args) -> list[str]:
 
 
 def main(settings: Args) -> None:
-    for name in ("games", "threads"):
-        if getattr(settings, name) < 1:
-            fail(f"--{name} {getattr(settings, name)} is less than 1")
-    if settings.seed < 0:
-        fail(f"--seed {settings.seed} is negative")
-    if settings.output and settings.output.exists():
-        fail(f"{settings.output} exists; remove it, or choose another --output")
-    if settings.output and not settings.output.parent.is_dir():
-        fail(f"--output {settings.output}: there is no folder {settings.output.parent}")
+    check(settings, "games", "threads")
     torch.set_num_threads(settings.threads)
     if settings.runs:
         rows = [["agent", "return", "its blind copy's", "entropy", "information"]]
         rows += [beside_its_blind_copy(run, settings) for run in settings.runs]
     else:
         rows = hold_each_action(settings)
-    head, *table = over_seeds(rows)
-    print(render(head, table))
-    if settings.output:
-        with settings.output.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    write_table(rows, settings.output)
 
 
 if __name__ == "__main__":

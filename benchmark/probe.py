@@ -211,11 +211,9 @@ def mean_cell(cells: tuple[str, ...]) -> str:
     return mean if len(known) == len(cells) else f"{mean} ({len(known)} of {len(cells)})"
 
 
-def check(settings: Args) -> None:
-    """Ends with a one-line error before anything is loaded."""
-    if not settings.runs:
-        fail("no run is given: python benchmark/probe.py RUN_DIR ...")
-    for name in ("games", "steps", "every"):
+def check(settings, *counts: str) -> None:
+    """Ends with a one-line error before anything is loaded. `counts`: settings that must be at least 1."""
+    for name in counts:
         if getattr(settings, name) < 1:
             fail(f"--{name} {getattr(settings, name)} is less than 1")
     if settings.seed < 0:
@@ -226,8 +224,19 @@ def check(settings: Args) -> None:
         fail(f"--output {settings.output}: there is no folder {settings.output.parent}")
 
 
+def write_table(rows: list[list[str]], output: Path | None) -> None:
+    """Print the rows over seeds; write them as they are to `output`."""
+    head, *table = over_seeds(rows)
+    print(render(head, table))
+    if output:
+        with output.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+
 def main(settings: Args) -> None:
-    check(settings)
+    if not settings.runs:
+        fail("no run is given: python benchmark/probe.py RUN_DIR ...")
+    check(settings, "games", "steps", "every")
     agents = {}
     for run in settings.runs:
         script, args, leader, follower, envs = load_run(run)
@@ -243,12 +252,7 @@ def main(settings: Args) -> None:
             fail("the runs differ in --env-id, --observation-noise or --distractors; probe one kind at a time")
         if any(args.observation_noise or args.distractors for _, args, *_ in agents.values()):
             fail("runs with --observation-noise or --distractors on Atari cannot be probed: the games here are clean")
-    rows = (probe_states if all(atari) else attention_on_truth)(agents, settings)
-    head, *table = over_seeds(rows)
-    print(render(head, table))
-    if settings.output:
-        with settings.output.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    write_table((probe_states if all(atari) else attention_on_truth)(agents, settings), settings.output)
 
 
 if __name__ == "__main__":
