@@ -48,9 +48,9 @@ from collections import deque
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-if __name__ == "__main__":  # before torch is loaded: its idle threads should soon free the cores
+if __name__ == "__main__":  # read when torch is loaded: idle threads spin briefly, then free the cores
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import ale_py
@@ -156,21 +156,42 @@ def fail(message: str):
     raise SystemExit(f"error: {message}" + (f" (process {rank})" if rank else ""))
 
 
+def check_types(args: Args) -> Args:
+    """Raises ValueError if a field is not of its type. The command line sees to that; a caller or a file need not."""
+    for name, hint in get_type_hints(Args).items():
+        value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
+        if isinstance(value, Path) and str in kinds:
+            args, value = dataclasses.replace(args, **{name: str(value)}), str(value)
+        fits = value in kinds if get_origin(hint) is Literal else type(value) in kinds
+        if not fits and not (type(value) is int and float in kinds):
+            wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
+    return args
+
+
 def check_args(args: Args) -> Args:
     """Refuse, before anything is written or trained, whatever could only go wrong later."""
+    try:
+        args = check_types(args)
+    except ValueError as error:
+        fail(str(error))
     at_least_1 = "num_envs num_steps minibatch_size update_epochs total_timesteps reward_delay max_episode_steps"
     not_negative = "seed threads eval_episodes checkpoint_interval ent_coef vf_coef observation_noise distractors"
+    positive = "learning_rate clip_coef max_grad_norm target_kl"
+    fraction = "gamma gae_lambda"
     bounds = [
         (at_least_1, lambda value: value >= 1, "must be at least 1"),
         (not_negative, lambda value: value >= 0, "must not be negative"),
-        ("learning_rate clip_coef max_grad_norm target_kl", lambda value: value > 0, "must be positive"),
-        ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
+        (positive, lambda value: value > 0, "must be positive"),
+        (fraction, lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
     ]
     for names, holds, rule in bounds:
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not holds(value):  # NaN fails every bound
                 fail(f"--{name.replace('_', '-')} {rule}, not {value}")
+            if value == np.inf:
+                fail(f"--{name.replace('_', '-')} must be finite")
     if args.distractors > 84:
         fail(f"--distractors {args.distractors} is more than the 84 rows of pixels of a frame")
     if args.seed >= 2**32:
@@ -211,48 +232,6 @@ def check_args(args: Args) -> Args:
         except ImportError:
             fail("--track needs Weights & Biases: pip install wandb")
     return args
-
-
-# What may differ when a run is resumed: how long it is, where it runs, and how its numbers are rounded.
-MAY_CHANGE = {"total_timesteps", "device", "threads", "matmul_precision", "compile", "eval_episodes", "eval_greedy"}
-MAY_CHANGE |= {"track", "resume", "evaluate"}
-
-
-def parse_args() -> Args:
-    """The command line; with --resume or --evaluate, the arguments of that run are the defaults."""
-    args = tyro.cli(Args, description=__doc__)
-    if args.resume or args.evaluate:
-        saved = read_args(Path(args.resume or args.evaluate))
-        default = dataclasses.replace(saved, resume=args.resume, evaluate=args.evaluate)
-        args = tyro.cli(Args, description=__doc__, default=default)
-    return args
-
-
-def read_args(run_dir: Path) -> Args:
-    """The arguments that a run of this script was started with."""
-    try:
-        record = json.loads((run_dir / "args.json").read_text())
-        if record["script"] != Path(__file__).name:
-            fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
-        saved = Args(**record["arguments"])
-        if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
-            flag = min(missing).replace("_", "-")  # today's default need not be what that version did
-            fail(f"{run_dir} was made by a version without --{flag}; go on with that version")
-        return saved
-    except OSError as error:
-        fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"{run_dir}/args.json is damaged or of another version: {error}")
-
-
-def refuse_changes(run_dir: Path, args: Args) -> None:
-    """A saved run goes on, and is evaluated, with the arguments that it was trained with."""
-    saved = read_args(run_dir)
-    for field in dataclasses.fields(Args):
-        old, new = getattr(saved, field.name), getattr(args, field.name)
-        if old != new and field.name not in MAY_CHANGE:
-            flag = field.name.replace("_", "-")
-            fail(f"{run_dir} was trained with --{flag} {old}, not {new}; leave out --{flag}")
 
 
 def keep_freed_memory() -> None:
@@ -370,20 +349,23 @@ class WholeGames(gym.vector.VectorWrapper):
     """
 
     def reset(self, *, seed=None, options=None):
-        seed = int(seed) if isinstance(seed, np.integer) else seed  # the emulator takes no numpy integer
+        if seed is not None:  # the emulator takes an int or an array
+            seed = np.asarray(seed) if np.ndim(seed) else int(seed)
         obs, info = self.env.reset(seed=seed, options=options)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
         self.first_frame = info["frame_number"] - info["episode_frame_number"]
         return obs, info
 
     def step(self, actions):
+        actions = np.asarray(actions)
         if actions.min() < 0 or actions.max() >= self.single_action_space.n:  # the emulator would hang
             raise ValueError(f"actions {actions} outside 0..{self.single_action_space.n - 1}")
         obs, rewards, terminations, truncations, info = self.env.step(actions)
         self.returns += rewards
         self.lengths += 1
+        # The emulator's frame at which the running game began: another one only if a new game has begun.
         first_frame = info["frame_number"] - info["episode_frame_number"]
-        ended = first_frame != self.first_frame  # a lost life goes on in the same game
+        ended = first_frame != self.first_frame  # not at a lost life, after which the same game goes on
         if ended.any():
             info["episode"] = {"r": self.returns.copy(), "l": self.lengths.copy()}
             info["_episode"] = ended
@@ -400,8 +382,8 @@ class Disturbed(gym.vector.VectorWrapper):
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         super().__init__(envs)
-        self.noise, self.distractors, self.delay = args.observation_noise, args.distractors, args.reward_delay
-        self.clip_rewards = args.clip_rewards
+        self.noise, self.distractors = args.observation_noise, args.distractors
+        self.delay, self.clip_rewards = args.reward_delay, args.clip_rewards
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
@@ -460,15 +442,18 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
-    """(N,) seeds that other (seed, stream)s hardly ever share; consecutive integers would overlap between runs."""
+    """(N,) seeds, one per game. Streams: 0 training, 1 evaluation; others are free (watch.py, benchmark/).
+
+    Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games.
+    """
     return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
 
 
 def restart(envs: gym.vector.VectorEnv, args: Args, global_step: int) -> np.ndarray:
     """Start this process's games anew, from seeds made of (seed, step), and return their observations."""
     seeds = env_seeds(args.seed, 0, global_step, num_envs=args.num_envs)  # stream 0: training
-    first = processes()[0] * envs.num_envs
-    return envs.reset(seed=seeds[first : first + envs.num_envs])[0]
+    rank, num_processes = processes()
+    return envs.reset(seed=np.split(seeds, num_processes)[rank])[0]
 
 
 # ==================================================================================================
@@ -547,14 +532,15 @@ class Rollout(NamedTuple):
     obs: torch.Tensor  # (T, N, *observation), in the environment's type, channels last in memory
     actions: torch.Tensor  # (T, N)
     logprobs: torch.Tensor  # (T, N) under the policy that acted
-    rewards: torch.Tensor  # (T, N) raw
+    rewards: torch.Tensor  # (T, N) as the environment paid them: raw, unless delayed (see Disturbed)
     values: torch.Tensor  # (T, N)
-    next_values: torch.Tensor  # (T, N) of the observation that the action truly led to
+    next_values: torch.Tensor  # (T, N) of the observation that the action truly led to; not read where terminated
     terminations: torch.Tensor  # (T, N) 1.0 where nothing follows: no bootstrap
     dones: torch.Tensor  # (T, N) 1.0 where the episode ended, terminated or truncated
 
 
 def allocate_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Rollout:
+    """Memory for a rollout. Images lie as (T, N, H, W, C) and are seen as (T, N, C, H, W): convolutions like that."""
     (channels, *size), action_space = envs.single_observation_space.shape, envs.single_action_space
     dtypes = {"u": torch.uint8, "i": torch.long, "f": torch.float32}  # by NumPy's kind
     shape = (args.num_steps, args.num_envs)
@@ -585,11 +571,12 @@ def collect_rollout(
     """
     num_steps, num_envs = rollout.rewards.shape
     rewards, terminations, dones = (np.zeros((num_steps, num_envs), dtype=np.float32) for _ in range(3))
-    cuts, games, all_logits = [], [], []
+    late_values, games, all_logits = [], [], []
     agent = torch.compile(act) if compiled else act
     on_gpu = rollout.obs.is_cuda  # a GPU copies from page-locked memory while the host goes on
     staging = torch.empty(obs.shape, dtype=rollout.obs.dtype, pin_memory=on_gpu)
     for t in range(num_steps):
+        # `staging` is free again: waiting for the last step's actions, the host waited for its copy as well.
         rollout.obs[t].copy_(staging.copy_(torch.from_numpy(obs)), non_blocking=on_gpu)
         logits, rollout.values[t] = agent(leader, follower, rollout.obs[t])
         rollout.actions[t] = action = sample(action_distribution(logits))
@@ -597,10 +584,10 @@ def collect_rollout(
 
         obs, rewards[t], terminated, truncated, info = envs.step(action.cpu().numpy())
         terminations[t], dones[t] = terminated, terminated | truncated
-        cut = truncated & ~terminated
-        if cut.any():  # rare: bootstrap from the true final observation, not from the next game's first
-            final_obs = torch.from_numpy(np.stack(info["final_obs"][cut])).to(rollout.obs.device)
-            cuts.append((t, torch.from_numpy(cut), follower(leader(final_obs))[1]))
+        truncated_only = truncated & ~terminated
+        if truncated_only.any():  # rare: bootstrap from the true final observation, not from the next game's first
+            final_obs = torch.from_numpy(np.stack(info["final_obs"][truncated_only])).to(rollout.obs.device)
+            late_values.append((t, torch.from_numpy(truncated_only), follower(leader(final_obs))[1]))
         if "_episode" in info:
             for row in np.flatnonzero(info["_episode"]):
                 games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
@@ -609,8 +596,8 @@ def collect_rollout(
     rollout.logprobs.copy_(logprobs.view(num_steps, num_envs))
     rollout.next_values[:-1] = rollout.values[1:]
     rollout.next_values[-1] = follower(leader(torch.from_numpy(obs).to(rollout.obs.device)))[1]
-    for t, cut, value in cuts:
-        rollout.next_values[t, cut.to(value.device)] = value
+    for t, rows, values in late_values:
+        rollout.next_values[t, rows.to(values.device)] = values
     for target, source in zip((rollout.rewards, rollout.terminations, rollout.dones), (rewards, terminations, dones)):
         target.copy_(torch.from_numpy(source))
     return obs, games
@@ -657,7 +644,10 @@ def policy_objective(log_ratio, advantages, clip_coef):
 
 
 def follower_loss(logits, values, batch: Batch, args: Args):
-    """Algorithm 1, lines 14-17: -L_CLIP + vf_coef * L_V - ent_coef * H. Returns (loss, info), scalars."""
+    """Algorithm 1, lines 14-17: -L_CLIP + vf_coef * L_V - ent_coef * H.
+
+    logits: the policy as the follower gives it, B rows; values (B,). Returns (loss, info), scalars.
+    """
     policy = action_distribution(logits)
     log_ratio = policy.log_prob(batch.actions) - batch.logprobs  # (B,)
     policy_loss = -policy_objective(log_ratio, batch.advantages, args.clip_coef).mean()
@@ -683,10 +673,48 @@ def follower_loss(logits, values, batch: Batch, args: Args):
 # ==================================================================================================
 # Update
 # ==================================================================================================
-def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
-    """The rewards (T, N) that the advantages are made of."""
-    delayed = args.reward_delay > 1  # and then clipped already, see Disturbed
-    return rollout.rewards.sign() if args.clip_rewards and not delayed else rollout.rewards
+def make_batch(rollout: Rollout, leader: Leader, args: Args) -> Batch:
+    """The transitions of a rollout, flat (T·N), with what is learnt from: advantages and returns."""
+    advantages, returns = compute_gae(
+        learner_rewards(rollout, leader, args),
+        rollout.values,
+        rollout.next_values,
+        rollout.terminations,
+        rollout.dones,
+        args.gamma,
+        args.gae_lambda,
+    )
+    if args.norm_adv == "rollout":
+        advantages = normalise(advantages)
+    columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
+    return Batch(*(tensor.flatten(0, 1) for tensor in columns))
+
+
+def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
+    """All epochs over one rollout. Returns the means of what the losses report."""
+    step = torch.compile(joint_step) if args.compile else joint_step
+    history = []
+    for _ in range(args.update_epochs):
+        epoch = []
+        for indices in torch.randperm(len(batch.obs)).to(batch.obs.device).split(args.minibatch_size):
+            minibatch = select_minibatch(batch, indices, args)
+            epoch.append(step(leader, follower, leader_optimizer, follower_optimizer, minibatch, args))
+        history += epoch
+        if args.target_kl is not None and mean_info(epoch)["losses/approx_kl"] > args.target_kl:
+            break
+    check_agent(leader, follower, minibatch.obs)
+    return mean_info(history)
+
+
+def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
+    """PPO: encoder and heads descend one loss under one norm clip. Two Adams of equal settings act as one would."""
+    logits, values = follower(leader(minibatch.obs))
+    loss, info = follower_loss(logits, values, minibatch, args)
+    parameters = [parameter for player in (leader, follower) for parameter in named_parameters(player).values()]
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    optimizers, players = [leader_optimizer, follower_optimizer], {"leader": leader, "follower": follower}
+    info["losses/grad_norm"] = descend(optimizers, loss, gradients, args.max_grad_norm, **players)
+    return info
 
 
 def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
@@ -696,39 +724,20 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
     return minibatch
 
 
+def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
+    """The rewards (T, N) that the advantages are made of."""
+    delayed = args.reward_delay > 1  # and then clipped already, see Disturbed
+    return rollout.rewards.sign() if args.clip_rewards and not delayed else rollout.rewards
+
+
 def normalise(x: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance, over the values of all processes."""
+    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
     mean, num_processes = x.mean(), processes()[1]
     average([mean])
+    # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
     variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
     average([variance])
     return (x - mean) / (variance.sqrt() + 1e-8)
-
-
-@functools.lru_cache(maxsize=8)
-def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Its parameters, cached: collecting them each time takes a tenth of a small network's update."""
-    return dict(module.named_parameters())
-
-
-def one_vector(module: nn.Module) -> list[nn.Parameter]:
-    """Turns a player's parameters into views of one vector. Returns [that vector], or [] if there are none."""
-    parameters = list(module.parameters())
-    vectors = [nn.Parameter(flatten([parameter.detach() for parameter in parameters]))] if parameters else []
-    for vector in vectors:
-        for parameter, values in zip(parameters, vector.detach().split([p.numel() for p in parameters])):
-            parameter.data = values.view_as(parameter)
-    return vectors
-
-
-def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
-    """Adam over one vector: one operation, not one per tensor, which small networks would spend much of a step on."""
-    rate = args.learning_rate
-    return torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
-
-
-def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module):
@@ -743,12 +752,12 @@ def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor],
     if gradient.device.type == "cpu" and not (loss + norm).isfinite():
         parameters = {f"{role}.{n}": p for role, player in players.items() for n, p in named_parameters(player).items()}
         require_finite({f"the parameter {name}": parameter for name, parameter in parameters.items()})
-        require_finite({f"the gradient of {name}": slope for name, slope in zip(parameters, gradients)})
+        require_finite({f"the gradient of {name}": piece for name, piece in zip(parameters, gradients)})
         require_finite({"the loss": loss, "the gradient's norm": norm})
     gradient *= (max_norm / (norm + 1e-6)).clamp(max=1)
     moved = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
-    for vector, slope in zip(moved, gradient.split([vector.numel() for vector in moved])):
-        vector.grad = slope.view_as(vector)
+    for vector, piece in zip(moved, gradient.split([vector.numel() for vector in moved])):
+        vector.grad = piece.view_as(vector)
     for optimizer in optimizers:
         optimizer.step()
     return norm
@@ -769,33 +778,6 @@ def check_agent(leader: Leader, follower: Follower, obs: torch.Tensor) -> None:
     require_finite({"the policy": logits, "the value": values})
 
 
-def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
-    """PPO: encoder and heads descend one loss under one norm clip. Two Adams of equal settings are one."""
-    logits, values = follower(leader(minibatch.obs))
-    loss, info = follower_loss(logits, values, minibatch, args)
-    parameters = [parameter for player in (leader, follower) for parameter in named_parameters(player).values()]
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    optimizers, players = [leader_optimizer, follower_optimizer], {"leader": leader, "follower": follower}
-    info["losses/grad_norm"] = descend(optimizers, loss, gradients, args.max_grad_norm, **players)
-    return info
-
-
-def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
-    """All epochs over one rollout. Returns the means of what the losses report, and `attention_info`."""
-    step = torch.compile(joint_step) if args.compile else joint_step
-    history = []
-    for _ in range(args.update_epochs):
-        epoch = []
-        for indices in torch.randperm(len(batch.obs)).to(batch.obs.device).split(args.minibatch_size):
-            minibatch = select_minibatch(batch, indices, args)
-            epoch.append(step(leader, follower, leader_optimizer, follower_optimizer, minibatch, args))
-        history += epoch
-        if args.target_kl is not None and mean_info(epoch)["losses/approx_kl"] > args.target_kl:
-            break
-    check_agent(leader, follower, minibatch.obs)
-    return mean_info(history)
-
-
 def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Means over minibatches (and processes), fetched from the device in one go.
 
@@ -808,6 +790,32 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         if name.endswith(("loss", "grad_norm")) and not np.isfinite(mean):
             raise FloatingPointError(f"{name} is not finite")
     return means
+
+
+def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
+    """Adam over one vector: one operation, not one per tensor, which small networks would spend much of a step on."""
+    rate = args.learning_rate
+    return torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
+
+
+def one_vector(module: nn.Module) -> list[nn.Parameter]:
+    """Turns a player's parameters into views of one vector. Returns [that vector], or [] if there are none."""
+    parameters = list(module.parameters())
+    if not parameters:
+        return []
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(vector.detach(), parameters)  # makes them views, copies nothing
+    return [vector]
+
+
+@functools.lru_cache(maxsize=8)
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Its parameters, cached: collecting them each time takes a tenth of a small network's update."""
+    return dict(module.named_parameters())
+
+
+def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 # ==================================================================================================
@@ -846,9 +854,10 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
         wandb.init(project="sprig", id=identity, resume="allow", config=record, sync_tensorboard=True)
     if args.resume:
         before = json.loads((run_dir / "args.json").read_text())
-        if before["versions"] != record["versions"]:
-            print(f"warning: {run_dir} was trained with {before['versions']}: no longer bit-identical", file=sys.stderr)
-        history = before.get("resumed", []) + [{"step": global_step, "versions_before": before["versions"]}]
+        versions = before.get("versions")
+        if versions != record["versions"]:
+            print(f"warning: {run_dir} was trained with {versions}: no longer bit-identical", file=sys.stderr)
+        history = before.get("resumed", []) + [{"step": global_step, "versions_before": versions}]
         write_json(run_dir / "args.json", record | {"resumed": history})  # the new total, device, ...
         return SummaryWriter(run_dir, purge_step=global_step + 1)
     writer = SummaryWriter(run_dir)
@@ -858,12 +867,12 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
 
 
 @contextlib.contextmanager
-def writing(run_dir: Path):
+def writing(path: Path):
     """A full disk or a removed folder ends the run with one line."""
     try:
         yield
     except OSError as error:
-        fail(f"{run_dir} cannot be written: {error.strerror}; earlier checkpoints are untouched")
+        fail(f"{path} cannot be written: {error.strerror}; what was saved before is untouched")
 
 
 def run_record(args: Args) -> dict:
@@ -887,7 +896,7 @@ def installed(package: str) -> str:
 def log_iteration(writer: SummaryWriter, metrics: dict, games: list, global_step: int, args: Args) -> None:
     """Write the metrics of the iteration that ends at `global_step`, and its games where they ended."""
     for t, episodic_return, episodic_length in games:
-        step = global_step - (args.num_steps - t) * args.num_envs
+        step = global_step - (args.num_steps - t) * args.num_envs  # when the game ended
         writer.add_scalar("charts/episodic_return", episodic_return, step)
         writer.add_scalar("charts/episodic_length", episodic_length, step)
     for tag, value in metrics.items():
@@ -904,10 +913,11 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
 # ==================================================================================================
 @torch.inference_mode()
 def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.device) -> dict:
-    """Play `args.eval_episodes` whole games, unclipped, on seeds that training never used.
+    """Play `args.eval_episodes` whole games on seeds that training never used.
 
     One environment per game, each game counted: taking the first games to end among many would
-    favour short ones. Leaves the global random state as it was.
+    favour short ones. Leaves the global random state as it was. Returns, ready for JSON, the games' raw
+    "returns" and their "lengths" in agent steps, "mean" and "std" of the returns, "greedy", and the "protocol".
     """
     num_games = args.eval_episodes
     envs = make_envs(dataclasses.replace(args, num_envs=num_games))
@@ -937,29 +947,57 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
     }
 
 
+def evaluate_run(args: Args) -> dict:
+    """`--evaluate`: play the agent of a saved run, by the protocol of the evaluation after training."""
+    run_dir = Path(args.evaluate)
+    refuse_changes(run_dir, args)
+    if not args.eval_episodes:
+        fail("--evaluate needs at least one game: --eval-episodes")
+    device = pick_device(args.device)
+    envs = make_envs(dataclasses.replace(args, num_envs=1))
+    leader = Leader(envs.single_observation_space, args).to(device)
+    follower = Follower(leader.num_features, envs.single_action_space).to(device)
+    envs.close()
+    load_agent(run_dir, leader, follower)
+    evaluation = evaluate(leader, follower, args, device)
+    report_evaluation(run_dir, evaluation)
+    return evaluation
+
+
+def report_evaluation(run_dir: Path, evaluation: dict) -> None:
+    """Print the score, and write evaluation.json; an earlier one is kept under a number."""
+    games, mean, std = len(evaluation["returns"]), evaluation["mean"], evaluation["std"]
+    print(f"evaluation over {games} games: {mean:.1f} ± {std:.1f}")
+    write_json(run_dir / "evaluation.json", evaluation, keep=True)
+
+
 # ==================================================================================================
 # Checkpoint
 # ==================================================================================================
-def write_atomically(path: Path, data: bytes) -> None:
-    """All or nothing: write to a name that no loader matches, sync, rename. Ends the run if that fails."""
+def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
+    """All or nothing: write to a name that no loader matches, sync, rename. Ends the run if that fails.
+
+    With `keep`, what has that name already is set aside.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep:
+                set_aside(path)
+            os.replace(temporary, path)
+        finally:  # if it is still there, something went wrong
+            temporary.unlink(missing_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)  # the new name should survive a power cut, too
         os.fsync(folder)
         os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        fail(f"{path} cannot be written: {error.strerror}; what was saved before is untouched")
 
 
-def write_json(path: Path, record: dict) -> None:
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+def write_json(path: Path, record: dict, keep: bool = False) -> None:
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode(), keep)
 
 
 def write_state(path: Path, state: dict) -> None:
@@ -978,7 +1016,7 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     """Write checkpoint-<step>.pt: the state of all `parts`, `progress`, and the random state. Keeps the last two.
 
     The state of the games is not saved. So that a resumed run equals one that went on, the caller
-    restarts the games at each checkpoint, from seeds made of (seed, step).
+    makes the environments anew at each checkpoint, and seeds them by (seed, step).
     """
     state = {name: part.state_dict() for name, part in parts.items()} | {"progress": progress}
     gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []  # of the one that this process trains on
@@ -997,6 +1035,8 @@ def read_state(path: Path, parts: dict) -> dict:
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in parts.items():
         part.load_state_dict(state[name])
+        if isinstance(part, nn.Module):
+            require_finite({f"{name}.{key}": tensor for key, tensor in part.state_dict().items()})
     return state
 
 
@@ -1032,11 +1072,43 @@ def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
         one_vector(player)  # as in training: how a product rounds depends on where in memory its factors lie
     if not path.exists():
         load_checkpoint(run_dir, players)
-        return
+    else:
+        try:
+            read_state(path, players)
+        except Exception as error:
+            fail(f"{path} cannot be read: {one_line(error)}")
+
+
+# What may differ when a run is resumed: how long it is, where it runs, and how its numbers are rounded.
+MAY_CHANGE = {"total_timesteps", "device", "threads", "matmul_precision", "compile", "eval_episodes", "eval_greedy"}
+MAY_CHANGE |= {"track", "resume", "evaluate"}
+
+
+def read_args(run_dir: Path) -> Args:
+    """The arguments that a run of this script was started with."""
     try:
-        read_state(path, players)
-    except Exception as error:
-        fail(f"{path} cannot be read: {one_line(error)}")
+        record = json.loads((run_dir / "args.json").read_text())
+        if record["script"] != Path(__file__).name:
+            fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
+        saved = check_types(Args(**record["arguments"]))
+        if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
+            flag = min(missing).replace("_", "-")  # today's default need not be what that version did
+            fail(f"{run_dir} was made by a version without --{flag}; go on with that version")
+        return saved
+    except OSError as error:
+        fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{run_dir}/args.json is damaged or of another version: {error}")
+
+
+def refuse_changes(run_dir: Path, args: Args) -> None:
+    """A saved run goes on, and is evaluated, with the arguments that it was trained with."""
+    saved = read_args(run_dir)
+    for field in dataclasses.fields(Args):
+        old, new = getattr(saved, field.name), getattr(args, field.name)
+        if new not in (old, "") and field.name not in MAY_CHANGE:  # the folder's name may be left out
+            flag = field.name.replace("_", "-")
+            fail(f"{run_dir} was trained with --{flag} {old}, not {new}; leave out --{flag}")
 
 
 def set_aside(path: Path) -> None:
@@ -1046,37 +1118,13 @@ def set_aside(path: Path) -> None:
         path.rename(next(name for name in names if not name.exists()))
 
 
-def evaluate_run(args: Args) -> dict:
-    """`--evaluate`: play the agent of a saved run, by the protocol of the evaluation after training."""
-    run_dir = Path(args.evaluate)
-    refuse_changes(run_dir, args)
-    if not args.eval_episodes:
-        fail("--evaluate needs at least one game: --eval-episodes")
-    device = pick_device(args.device)
-    set_matmul_precision(args.matmul_precision)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    envs = make_envs(dataclasses.replace(args, num_envs=1))
-    leader = Leader(envs.single_observation_space, args).to(device)
-    follower = Follower(leader.num_features, envs.single_action_space).to(device)
-    envs.close()
-    load_agent(run_dir, leader, follower)
-    evaluation = evaluate(leader, follower, args, device)
-    report_evaluation(run_dir, evaluation)
-    return evaluation
-
-
-def report_evaluation(run_dir: Path, evaluation: dict) -> None:
-    set_aside(run_dir / "evaluation.json")
-    write_json(run_dir / "evaluation.json", evaluation)
-    games, mean, std = len(evaluation["returns"]), evaluation["mean"], evaluation["std"]
-    print(f"evaluation over {games} games: {mean:.1f} ± {std:.1f}")
-
-
+# ==================================================================================================
+# Main
+# ==================================================================================================
 class StopSignal:
-    """SIGINT and SIGTERM: the first lets the iteration end and be saved, the second exits at once.
+    """SIGINT and SIGTERM: the first sets `requested`, at which the iteration ends and is saved; the second exits.
 
-    Once all is saved, which sets `interrupt`, the first raises KeyboardInterrupt.
+    Where nothing is left to be saved, which the caller says by `interrupt`, the first raises KeyboardInterrupt.
     """
 
     def __enter__(self):
@@ -1099,12 +1147,12 @@ class StopSignal:
             os.write(2, b"\nstopping after this iteration; repeat to exit at once\n")
 
 
-# ==================================================================================================
-# Main
-# ==================================================================================================
 def main(args: Args) -> dict:
     """Train, evaluate, save. Returns the evaluation (empty with `--eval-episodes 0`)."""
     args = check_args(args)
+    set_matmul_precision(args.matmul_precision)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.evaluate:
         return evaluate_run(args)
     with StopSignal() as stop:
@@ -1117,16 +1165,13 @@ def train(args: Args, stop: StopSignal) -> dict:
     if args.compile:
         prepare_compiler()
     device = pick_device(args.device)
-    set_matmul_precision(args.matmul_precision)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:  # torchrun: the games and each minibatch are split over its processes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, num_processes = processes()
     share = {name: getattr(args, name) // num_processes for name in ("num_envs", "minibatch_size")}
-    my_args = dataclasses.replace(args, **share)
+    my_args = dataclasses.replace(args, **share)  # what this process plays and learns from; `args`: all together
 
     torch.manual_seed(args.seed)
     envs = make_envs(my_args)
@@ -1147,43 +1192,35 @@ def train(args: Args, stop: StopSignal) -> dict:
             fail(f"--total-timesteps {args.total_timesteps}: {run_dir} has taken {progress['global_step']} already")
     else:
         save_checkpoint(run_dir, parts, progress)
-    if rank == 0 and progress["global_step"] + args.num_steps * args.num_envs <= args.total_timesteps:
-        set_aside(run_dir / "model.pt")  # left by this run's end before it was extended
-        set_aside(run_dir / "evaluation.json")
+    rollout_size = args.num_steps * args.num_envs
+    first_iteration, num_iterations = progress["global_step"] // rollout_size, args.total_timesteps // rollout_size
     writer = start_writer(run_dir, args, progress["global_step"]) if rank == 0 else None
+    if rank == 0 and first_iteration < num_iterations:
+        with writing(run_dir):
+            set_aside(run_dir / "model.pt")  # left by this run's end before it was extended
+            set_aside(run_dir / "evaluation.json")
 
     rollout = allocate_rollout(my_args, envs, device)
-    rollout_size = args.num_steps * args.num_envs
-    num_iterations = args.total_timesteps // rollout_size
     global_step, shown_obs = progress["global_step"], progress["shown_obs"]
     recent_returns = deque(progress["recent_returns"], maxlen=20)
     obs = restart(envs, args, global_step)
     first_step, start_time, stopping = global_step, time.perf_counter(), False
-    bar = tqdm(
+    with tqdm(
         initial=global_step,
         total=num_iterations * rollout_size,
         unit="step",
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 60,  # a log file gets a line a minute
         disable=rank > 0,
-    )
-    with bar:  # closed, and its line ended, whatever happens
-        for iteration in range(global_step // rollout_size, num_iterations):
+    ) as bar:  # closed, and its line ended, whatever happens
+        for iteration in range(first_iteration, num_iterations):
             if args.anneal_lr:
                 for group in leader_optimizer.param_groups + follower_optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * (1 - iteration / num_iterations)
 
             try:
                 obs, games = collect_rollout(envs, obs, leader, follower, rollout, args.compile)
-                rewards = learner_rewards(rollout, leader, args)
-                ends = (rollout.terminations, rollout.dones)
-                advantages, returns = compute_gae(
-                    rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda
-                )
-                if args.norm_adv == "rollout":
-                    advantages = normalise(advantages)
-                columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
-                batch = Batch(*(tensor.flatten(0, 1) for tensor in columns))
+                batch = make_batch(rollout, leader, args)
                 metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
             except FloatingPointError as error:
                 fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {checkpoint_paths(run_dir)[0]}")
@@ -1207,6 +1244,7 @@ def train(args: Args, stop: StopSignal) -> dict:
             bar.update(rollout_size)
 
             stopping = any(gather(stop.requested))
+            # Due if this rollout has passed a multiple of the interval.
             due = args.checkpoint_interval and global_step % args.checkpoint_interval < rollout_size
             if due or stopping or iteration + 1 == num_iterations:
                 if rank == 0:
@@ -1214,6 +1252,8 @@ def train(args: Args, stop: StopSignal) -> dict:
                         writer.flush()  # no logged point may be lost that the checkpoint counts as done
                 progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
                 save_checkpoint(run_dir, parts, progress)
+                envs.close()
+                envs = make_envs(my_args)  # as a resumed run has them: in BipedalWalker, traces outlive a reset
                 obs = restart(envs, args, global_step)
             if stopping:
                 break
@@ -1226,7 +1266,7 @@ def train(args: Args, stop: StopSignal) -> dict:
     evaluation = {}
     try:
         stop.interrupt = True
-        if stopping:
+        if stopping or stop.requested:  # asked for by the last iteration's end, or since
             raise KeyboardInterrupt
         write_state(run_dir / "model.pt", {"leader": leader.state_dict(), "follower": follower.state_dict()})
         if args.eval_episodes:
@@ -1237,12 +1277,25 @@ def train(args: Args, stop: StopSignal) -> dict:
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:
         launcher = f"torchrun --nproc-per-node={num_processes}" if num_processes > 1 else "python"
-        resume = f"{launcher} {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
+        resume = f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run_dir))}"
         print(f"stopped at step {global_step}; continue with: {resume}")
+    stop.interrupt = False
     with writing(run_dir):
         writer.close()
     return evaluation
 
 
+def parse_args() -> Args:
+    """The command line; with --resume or --evaluate, the arguments of that run are the defaults."""
+    args = tyro.cli(Args, description=__doc__)
+    if run := args.resume or args.evaluate:
+        default = dataclasses.replace(read_args(Path(run)), resume=args.resume, evaluate=args.evaluate)
+        args = tyro.cli(Args, description=__doc__, default=default)
+    return args
+
+
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:  # in an evaluation; training ends in its own way (see StopSignal)
+        fail("interrupted; nothing was saved")

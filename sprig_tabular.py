@@ -87,8 +87,8 @@ def check_args(args: Args) -> None:
     if not args.lambdas:
         fail("--lambdas needs at least one price")
     for name, price in [("lam", args.lam)] + [("lambdas", price) for price in args.lambdas]:
-        if not 0 <= price < math.inf:
-            fail(f"--{name}: a price is finite and not negative, unlike {price}")
+        if not 0 <= price <= 1e100:
+            fail(f"--{name}: a price is finite and not negative, and at most 1e100, unlike {price}")
     if not 0 < args.tol < math.inf:
         fail(f"--tol must be positive, not {args.tol}")
     for name, least in (("num_pairs", 1), ("max_nodes", 0), ("seed", 0)):

@@ -192,8 +192,12 @@ def contact_sheet(pictures: list[np.ndarray], columns: int) -> np.ndarray:
 
 def main(args: Args) -> tuple[Path, Path]:
     """Play, draw, write. Returns the paths of the video and of the contact sheet."""
-    if args.steps < 1 or args.sheet < 1 or not args.fps > 0:
-        raise SystemExit("error: --steps, --sheet and --fps must be positive")
+    if args.steps < 1 or args.sheet < 1:
+        raise SystemExit("error: --steps and --sheet must be positive")
+    if not 0.1 <= args.fps <= 240:
+        raise SystemExit(f"error: --fps must lie in [0.1, 240], not {args.fps}")
+    if not 0 <= args.seed < 2**32:
+        raise SystemExit(f"error: --seed must lie in [0, 2**32), not {args.seed}")
     script, run_args, leader, follower, envs = load_run(args.run)
     output = args.output or args.run
     try:

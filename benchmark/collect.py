@@ -17,6 +17,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -128,6 +129,10 @@ def export(run: Path, path: Path) -> tuple[dict, float]:
 
 def main(args: Args) -> None:
     """Export each of `args.runs`. Nothing is overwritten: a result that is there already ends the program."""
+    if not re.fullmatch(r"[a-z0-9-]+", args.arm):
+        fail(f"--arm {args.arm} is not a label of a matrix: small letters, digits and hyphens")
+    if Path(args.matrix).name != args.matrix:
+        fail(f"--matrix {args.matrix} is not the name of a matrix")
     paths = {}
     for run in args.runs:
         try:

@@ -62,12 +62,7 @@ def prepare(name: str, cost: Args):
         args = replace(args, num_steps=transitions // args.num_envs)
         rollout = script.allocate_rollout(args, envs, torch.device("cpu"))
         obs, _ = script.collect_rollout(envs, obs, leader, follower, rollout)
-        rewards = script.learner_rewards(rollout, leader, args)
-        ends = (rollout.terminations, rollout.dones)
-        targets = script.compute_gae(rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda)
-        columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, *targets)
-        batch = script.Batch(*(column.flatten(0, 1) for column in columns))
-        batch = batch._replace(advantages=script.normalise(batch.advantages))
+        batch = script.make_batch(rollout, leader, replace(args, norm_adv="rollout"))
         if transitions == cost.warm_up:
             script.update(leader, follower, *optimizers, batch, args)
             if name == "sprig_continuous":

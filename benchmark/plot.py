@@ -148,6 +148,8 @@ def read_run(path: Path) -> Run:
     try:
         with gzip.open(path, "rt", newline="") as file:
             games = np.array([[float(row[key]) for key in COLUMNS] for row in csv.DictReader(file)]).reshape(-1, 3)
+        if not np.isfinite(games).all():
+            fail(f"{path} holds a number that is not finite")
         record = json.loads(beside.read_text())
         hardware, evaluation = record["hardware"], record["evaluation"]
         machine = f"{hardware['cpu']}, {hardware['cores']} cores" + (f", {hardware['gpu']}" if hardware["gpu"] else "")

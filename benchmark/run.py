@@ -34,6 +34,7 @@ import platform
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -315,9 +316,9 @@ def sit(words: list[str], folder: Path, log_path: Path, cwd: str, gpus: float) -
     """
     os.chdir(cwd)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # A script whose watcher is gone gets SIGTERM, upon which it saves and exits.
+    # A script whose watcher is gone is killed: it goes on from its last checkpoint, with no barrier that others lack.
     libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
-    die_with_parent = (lambda: libc.prctl(1, signal.SIGTERM)) if libc else None  # 1 is PR_SET_PDEATHSIG
+    die_with_parent = (lambda: libc.prctl(1, signal.SIGKILL)) if libc else None  # 1 is PR_SET_PDEATHSIG
     environment = os.environ if gpus else os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with open(log_path, "ab") as log:
         try:
@@ -427,9 +428,12 @@ def play_on_ray(runs: list[Run], report: Report, address: str | None) -> None:
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     if address is None:
         options |= {"address": "local", "object_store_memory": 10**8}  # hardly anything is passed around
+    host, _, port = (address or "").rpartition(":")
     try:
+        if host and port.isdecimal():  # Ray itself would try again for ever
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(**{"address": address} | options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         fail(f"--address {address}: {str(error).splitlines()[0]}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own
     need = {"CPU": runs[0].threads, "GPU": runs[0].gpus}

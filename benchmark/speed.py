@@ -298,14 +298,40 @@ def output_of(command: list[str], name: str, **options) -> str:
     return process.stdout
 
 
+def check(args: Args) -> None:
+    """Ends with a one-line error before anything is measured or written."""
+    for name, least in (("rounds", 1), ("steps", 0), ("threads", 0)):
+        if getattr(args, name) < least:
+            raise SystemExit(f"error: --{name} {getattr(args, name)} is less than {least}")
+    if args.device not in ("cpu", "cuda"):
+        raise SystemExit(f"error: --device {args.device} is neither cpu nor cuda")
+    if args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SystemExit("error: --device cuda: PyTorch finds no GPU here")
+    if args.settings == "cleanrl" and args.family != "atari":
+        raise SystemExit("error: --settings cleanrl is for Atari; the vector scripts' own settings are CleanRL's")
+    if args.contestant not in ("all", REFERENCE, *TWINS[args.family]):
+        raise SystemExit(
+            f"error: --contestant {args.contestant} is none of {REFERENCE}, {', '.join(TWINS[args.family])}"
+        )
+
+
 def main(args: Args) -> None:
+    check(args)
     atari = args.family == "atari"
     args = dataclasses.replace(args, steps=args.steps or (4096 if atari else 16384), threads=args.threads or 1 + atari)
-    if args.settings == "cleanrl" and not atari:
-        raise SystemExit("error: --settings cleanrl is for Atari; the vector scripts' own settings are CleanRL's")
     if args.contestant != "all":
         print(json.dumps(contest(args)))
         return
+    suffix = "" if atari else "_continuous"
+    suffix += ("" if args.settings == "default" else f"_{args.settings}") + ("" if args.device == "cpu" else "_cuda")
+    output = args.output or Path(f"benchmark/results/speed{suffix}.md")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: --output {output} cannot be written: {error.strerror}") from None
     contestants = (REFERENCE, *TWINS[args.family])
     rounds = [{} for _ in range(args.rounds)]
     for measured in rounds:
@@ -314,10 +340,6 @@ def main(args: Args) -> None:
             print(f"{name}: {measured[name]['steps per second']:.0f} steps/s", file=sys.stderr)
     clocked = {name: measure(name, args, clock=True) for name in TWINS[args.family]}
 
-    suffix = "" if atari else "_continuous"
-    suffix += ("" if args.settings == "default" else f"_{args.settings}") + ("" if args.device == "cpu" else "_cuda")
-    output = args.output or Path(f"benchmark/results/speed{suffix}.md")
-    output.parent.mkdir(parents=True, exist_ok=True)
     with open(output.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 import tomllib
+from pathlib import Path
 
 import collect
 import plot
 import pytest
 import run as runner
+import speed
 from conftest import ROOT
 
 MATRICES = sorted((ROOT / "benchmark" / "matrices").glob("*.toml"))
@@ -310,7 +312,33 @@ def test_bad_input_ends_with_one_line_and_exit_code_1(folder):
     assert code == 1 and said == "error: missing.toml cannot be read: No such file or directory\n"
     code, said = play(write_matrix(changes={"seeds = [1]": "seeds = [1]\ncpus = 10_000"}))
     assert code == 1 and said.splitlines()[-1] == "error: a run needs 10000 CPUs and 0 GPUs, which no machine has"
+    code, said = play(write_matrix(), "--address", "127.0.0.1:1")
+    assert code == 1 and said.splitlines()[-1] == "error: --address 127.0.0.1:1: [Errno 111] Connection refused"
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "--rounds 0 is less than 1"),
+        ({"steps": -1}, "--steps -1 is less than 0"),
+        ({"device": "abacus"}, "--device abacus is neither cpu nor cuda"),
+        ({"contestant": "dqn"}, "--contestant dqn is none of"),
+        ({"output": Path("/proc/x/speed.md")}, "--output /proc/x/speed.md cannot be written"),
+    ],
+)
+def test_speed_refuses_what_it_cannot_measure_before_it_measures(changes, message):
+    with pytest.raises(SystemExit, match=message):
+        speed.main(speed.Args(**changes))
+
+
+def test_a_result_goes_nowhere_but_into_its_matrix(folder):
+    for changes, message in (
+        ({"arm": "b c"}, "--arm b c is not a label"),
+        ({"matrix": "../x"}, "--matrix ../x is not"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            collect.main(collect.Args(runs=[folder], **{"matrix": "tiny", "arm": "ppo"} | changes))
 
 
 def test_none_is_written_as_a_word():

@@ -390,6 +390,22 @@ def test_tiled_attention_can_be_differentiated_twice():
     assert torch.autograd.gradgradcheck(sprig.TiledAttention.apply, inputs)
 
 
+def test_a_block_of_tiled_attention_can_be_differentiated_twice(monkeypatch):
+    """As the leader calls it: query, key and value are slices of one product."""
+    block, x = sprig.AttentionBlock(32, gated=True), torch.randn(2, 400, 32, requires_grad=True)
+    torch.nn.init.constant_(block.gate, 0.5)
+    seconds = []
+    for fused in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(sprig, "attend", functools.partial(sprig.attend, fused=fused))
+            output = block(x)[0]
+        (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(slope.square().sum(), list(block.parameters())))
+    for a, b in zip(*seconds):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+        assert b.abs().max() > 0
+
+
 def test_fused_and_plain_attention_agree_in_second_derivatives():
     inputs = [torch.randn(2, 400, width, requires_grad=True) for width in (4, 4, 32)]
     grad, direction = torch.randn(2, 400, 32), [torch.randn_like(x) for x in inputs]

@@ -102,6 +102,23 @@ def test_sigterm_saves_and_exits_cleanly(name, tmp_path):
     assert "Traceback" not in errors
 
 
+def test_a_signal_during_the_last_save_is_obeyed(script, tmp_path, monkeypatch, capsys):
+    saves, save = [], script.save_checkpoint
+
+    def interrupted(run_dir, parts, progress):
+        save(run_dir, parts, progress)
+        saves.append(progress["global_step"])
+        if saves[-1] == 64:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(script, "save_checkpoint", interrupted)
+    settings = {**RUN, "total_timesteps": 64, "checkpoint_interval": 0}
+    assert script.main(script.Args(run_dir=str(tmp_path / "run"), **settings)) == {} and saves == [0, 64]
+    assert "stopped at step 64; continue with: python" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "model.pt").exists()
+    assert resume(script, tmp_path / "run")["returns"], "what was left to do is the evaluation"
+
+
 @pytest.fixture
 def saved(script, whole, tmp_path):
     """A copy of a finished run, to be damaged; its checkpoints are at 192 and 256."""
@@ -133,7 +150,10 @@ def test_a_run_cannot_be_resumed_to_a_step_that_lies_behind_it(script, saved):
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before, "nothing is changed"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "incomplete", "other networks", "malicious"])
+DAMAGES = ["truncated", "flipped", "foreign", "incomplete", "other networks", "not finite", "malicious"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(script, saved, whole, damage, capsys):
     newest, older = script.checkpoint_paths(saved)
     data = bytearray(newest.read_bytes())
@@ -150,6 +170,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(script, saved,
             del state["leader_optimizer"]
         elif damage == "other networks":
             state["leader"] = {"conv.weight": torch.zeros(3)}
+        elif damage == "not finite":
+            next(iter(state["follower"].values()))[0] = float("nan")
         else:
             state["progress"] = Malice()
         torch.save(state, newest)
@@ -200,6 +222,41 @@ def test_changed_arguments_are_refused_by_name(script, saved):
     (saved / "args.json").write_text("{")
     with pytest.raises(SystemExit, match="args.json is damaged"):
         script.main(script.Args(resume=str(saved)))
+
+
+@pytest.mark.parametrize(("name", "value"), {"num_envs": "2", "env_id": None, "gamma": "0.99", "norm_adv": 1}.items())
+def test_a_saved_argument_of_another_type_is_named(script, saved, name, value):
+    record = json.loads((saved / "args.json").read_text())
+    record["arguments"][name] = value
+    (saved / "args.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=f"args.json is damaged.*: --{name.replace('_', '-')} must be .*, not "):
+        script.read_args(saved)
+
+
+def test_a_run_of_another_folder_name_is_evaluated_and_interrupted_with_one_line(saved, script, tmp_path):
+    moved = saved.rename(tmp_path / "moved here")
+    args = script.dataclasses.replace(script.read_args(moved), evaluate=str(moved), run_dir="")
+    assert len(script.main(args)["returns"]) == 2
+    process = start(script.__name__, evaluate=moved, eval_episodes=100)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors == "error: interrupted; nothing was saved\n" and not output
+
+
+def test_no_file_is_moved_if_the_new_one_cannot_be_written(script, saved, monkeypatch):
+    def files():
+        return {path.name: path.read_bytes() for path in saved.iterdir() if not path.name.startswith("events")}
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    before, args = files(), script.read_args(saved)
+    monkeypatch.setattr(script.os, "fsync", full)
+    for changes in ({"resume": str(saved), "total_timesteps": 320}, {"evaluate": str(saved)}):
+        with pytest.raises(SystemExit, match="cannot be written: No space left on device; what was saved before is"):
+            script.main(script.dataclasses.replace(args, **changes))
+        assert files() == before
 
 
 def test_a_run_of_the_twin_is_refused(whole):

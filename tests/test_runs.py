@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TWINS
+from conftest import CONTINUOUS, ROOT, TWINS
 from patch_task import PatchEnvs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -98,6 +98,7 @@ BAD = {
     "negative seed": ({"seed": -1}, "--seed must not be negative"),
     "no learning": ({"learning_rate": 0.0}, "--learning-rate must be positive"),
     "nan": ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
+    "infinite": ({"vf_coef": float("inf")}, "--vf-coef must be finite"),
     "gamma": ({"gamma": 1.5}, "--gamma must lie in"),
     "too short": ({"total_timesteps": 2047}, "less than one rollout"),
     "nothing to normalise over": ({"norm_adv": "minibatch", "minibatch_size": 1}, "cannot normalise over a single"),
@@ -105,6 +106,8 @@ BAD = {
     "no computer": ({"device": "meta"}, "is not a CPU or a GPU"),
     "no such device": ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
     "nonsense device": ({"device": "abacus"}, "--device abacus cannot be used"),
+    "a word for a number": ({"num_envs": "2"}, "--num-envs must be int, not '2'"),
+    "no such choice": ({"norm_adv": "all"}, "--norm-adv must be rollout or minibatch or none, not 'all'"),
     "folder is a file": ({"run_dir": "/dev/null/run"}, "cannot be written"),
     "folder cannot be written": ({"run_dir": "/proc/run"}, "cannot be written"),
 }
@@ -130,6 +133,21 @@ def test_a_setting_of_a_loss_that_is_not_there_is_refused(update):
         with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} would do nothing here: --update {update}"):
             script.check_args(script.Args(update=update, **{flag: value}))
     script.check_args(script.Args(update=update, perception_cost="l1", perception_cost_in_reward=True))
+
+
+@pytest.mark.parametrize("name", ["sprig_atari", "sprig_continuous"])
+@pytest.mark.parametrize(
+    ("flag", "settings"),
+    {
+        "cost-rows": {"perception_cost": "concentration", "cost_rows": 5},
+        "perception-cost": {"attention": "none", "perception_cost": "l1"},
+        "perception-cost-weight": {"attention": "none", "perception_cost_weight": 1.0},
+    }.items(),
+)
+def test_a_setting_of_attention_that_is_not_read_is_refused(name, flag, settings):
+    script = (TWINS | CONTINUOUS)[name]
+    with pytest.raises(SystemExit, match=f"--{flag} would do nothing here"):
+        script.check_args(script.Args(**settings))
 
 
 def test_a_gpu_has_a_number_and_each_process_its_own(script, monkeypatch):

@@ -72,6 +72,20 @@ def test_a_run_on_vectors_shows_environment_and_attention(name, env_id, tmp_path
     assert (frames[0].shape[1] > 2.5 * watch.SIDE) == (name == "sprig_continuous"), "with the attention maps beside it"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps and --sheet must be positive"),
+        ({"fps": float("inf")}, "--fps must lie in"),
+        ({"fps": float("nan")}, "--fps must lie in"),
+        ({"seed": -1}, "--seed must lie in"),
+    ],
+)
+def test_numbers_that_make_no_film_are_refused(changes, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        watch.main(watch.Args(tmp_path, **changes))
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="is not the folder of a run"):
         watch.main(watch.Args(tmp_path))
