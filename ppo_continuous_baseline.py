@@ -1158,7 +1158,8 @@ def write_state(path: Path, state: dict) -> None:
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
     """Newest first."""
-    found = [path for path in run_dir.glob("checkpoint-*.pt") if path.stem.removeprefix("checkpoint-").isdecimal()]
+    files = [path for path in run_dir.glob("checkpoint-*.pt") if path.is_file()]
+    found = [path for path in files if path.stem.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")), reverse=True)
 
 

@@ -175,6 +175,9 @@ def read_runs(folder: Path, matrix: Matrix) -> tuple[dict[str, dict[tuple[int, s
             longer = map(read_run, folder.with_name(origin).joinpath(task).glob(f"{arm}_seed*.csv.gz"))
             begun = [run.beginning(steps) for run in longer if run.steps >= steps and run.seed in matrix.seeds]
             groups |= {(steps, arm): begun} if begun else {}
+        for path in folder.joinpath(task).glob("*_seed*.json"):
+            if not path.with_suffix(".csv.gz").exists():
+                fail(f"{path.with_suffix('.csv.gz')} is missing; benchmark/collect.py writes it beside the .json")
         for run in map(read_run, folder.joinpath(task).glob("*.csv.gz")):
             if run.arm in matrix.titles and run.arm not in matrix.origins:
                 groups.setdefault((run.steps, run.arm), []).append(run)

@@ -78,6 +78,14 @@ def rename_column(path):
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"seconds", b"minutes")))
 
 
+def spoil_a_return(path):
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"10,1,", b"10,nan,", 1)))
+
+
+def lose_games(path):
+    path.unlink()
+
+
 def lose_record(path):
     path.with_name("ppo_seed1.json").unlink()
 
@@ -86,9 +94,13 @@ def empty_record(path):
     path.with_name("ppo_seed1.json").write_text("{}")
 
 
-@pytest.mark.parametrize("damage", [cut, garble, rename_column, lose_record, empty_record])
+DAMAGES = [cut, garble, rename_column, spoil_a_return, lose_games, lose_record, empty_record]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_data_are_named_in_one_line_and_nothing_is_written(damage, made):
-    put(made.results / "m" / "Task-v1", "ppo", 1, 5.0)
+    for seed in (1, 2):
+        put(made.results / "m" / "Task-v1", "ppo", seed, 5.0)
     damage(made.results / "m" / "Task-v1" / "ppo_seed1.csv.gz")
     before = made.documents[0].read_text()
     with pytest.raises(SystemExit, match=r"^error: .*ppo_seed1.*") as stop:
