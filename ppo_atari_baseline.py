@@ -444,9 +444,10 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
     """(N,) seeds, one per game. Streams: 0 training, 1 evaluation; others are free (watch.py, benchmark/).
 
-    Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games.
+    Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games. Zeros at the end of
+    a stream do not count: 2 and 2, 0 are the same.
     """
-    return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
+    return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)  # 31 bits: a C int
 
 
 def restart(envs: gym.vector.VectorEnv, args: Args, global_step: int) -> np.ndarray:
@@ -459,13 +460,6 @@ def restart(envs: gym.vector.VectorEnv, args: Args, global_step: int) -> np.ndar
 # ==================================================================================================
 # Leader
 # ==================================================================================================
-def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights, zero bias: the usual initialisation of PPO."""
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class Leader(nn.Module):
     """The encoder, θ: the convolutions of the Nature CNN. obs (B, 4, 84, 84) uint8 -> features (B, 3136)."""
 
@@ -495,6 +489,13 @@ class Leader(nn.Module):
     def pictures(self, obs: torch.Tensor) -> dict[str, np.ndarray]:
         """Tag -> RGB image (H, W, 3) uint8 to log; a plain CNN has nothing to show."""
         return {}
+
+
+def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights, zero bias: the usual initialisation of PPO."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 # ==================================================================================================
@@ -530,7 +531,7 @@ class Rollout(NamedTuple):
     """T steps of N environments, allocated once. Time runs along dimension 0."""
 
     obs: torch.Tensor  # (T, N, *observation), in the environment's type, channels last in memory
-    actions: torch.Tensor  # (T, N)
+    actions: torch.Tensor  # (T, N), or (T, N, A) if they are vectors
     logprobs: torch.Tensor  # (T, N) under the policy that acted
     rewards: torch.Tensor  # (T, N) as the environment paid them: raw, unless delayed (see Disturbed)
     values: torch.Tensor  # (T, N)
@@ -627,11 +628,11 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 # Losses
 # ==================================================================================================
 class Batch(NamedTuple):
-    """Transitions, flat: what the losses need of a rollout. B rows each."""
+    """Transitions, flat: what the losses need of a rollout."""
 
-    obs: torch.Tensor
-    actions: torch.Tensor
-    logprobs: torch.Tensor
+    obs: torch.Tensor  # (B, *observation)
+    actions: torch.Tensor  # (B,) or (B, A)
+    logprobs: torch.Tensor  # (B,), like the rest
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
@@ -690,6 +691,22 @@ def make_batch(rollout: Rollout, leader: Leader, args: Args) -> Batch:
     return Batch(*(tensor.flatten(0, 1) for tensor in columns))
 
 
+def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
+    """The rewards (T, N) that the advantages are made of."""
+    delayed = args.reward_delay > 1  # and then clipped already, see Disturbed
+    return rollout.rewards.sign() if args.clip_rewards and not delayed else rollout.rewards
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
+    mean, num_processes = x.mean(), processes()[1]
+    average([mean])
+    # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
+    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
+    average([variance])
+    return (x - mean) / (variance.sqrt() + 1e-8)
+
+
 def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
     """All epochs over one rollout. Returns the means of what the losses report."""
     step = torch.compile(joint_step) if args.compile else joint_step
@@ -722,22 +739,6 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
     if args.norm_adv == "minibatch":
         minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
     return minibatch
-
-
-def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
-    """The rewards (T, N) that the advantages are made of."""
-    delayed = args.reward_delay > 1  # and then clipped already, see Disturbed
-    return rollout.rewards.sign() if args.clip_rewards and not delayed else rollout.rewards
-
-
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
-    mean, num_processes = x.mean(), processes()[1]
-    average([mean])
-    # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
-    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
-    average([variance])
-    return (x - mean) / (variance.sqrt() + 1e-8)
 
 
 def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module):
@@ -832,13 +833,14 @@ def start_run(args: Args) -> Path:
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = gather(Path(args.run_dir or Path("runs") / name))[0]
     if processes()[0] == 0:
+        record = run_record(args)  # before the folder is made: this tries the task out
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
         except (OSError, ValueError) as error:
             fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
-        write_json(run_dir / "args.json", run_record(args))
+        write_json(run_dir / "args.json", record)
     return run_dir
 
 
@@ -919,7 +921,7 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
     favour short ones. Leaves the global random state as it was. Returns, ready for JSON, the games' raw
     "returns" and their "lengths" in agent steps, "mean" and "std" of the returns, "greedy", and the "protocol".
     """
-    num_games = args.eval_episodes
+    num_games, protocol = args.eval_episodes, env_protocol(args)
     envs = make_envs(dataclasses.replace(args, num_envs=num_games))
     obs, _ = envs.reset(seed=env_seeds(args.seed, 1, num_envs=num_games))  # stream 1; training is stream 0
     returns, lengths, playing = np.zeros(num_games), np.zeros(num_games, dtype=int), np.ones(num_games, dtype=bool)
@@ -943,7 +945,7 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
         "mean": float(returns.mean()),
         "std": float(returns.std()),
         "greedy": args.eval_greedy,
-        "protocol": env_protocol(args),
+        "protocol": protocol,
     }
 
 
@@ -1154,10 +1156,13 @@ def main(args: Args) -> dict:
     set_matmul_precision(args.matmul_precision)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.evaluate:
-        return evaluate_run(args)
-    with StopSignal() as stop:
-        return train(args, stop)
+    try:
+        if args.evaluate:
+            return evaluate_run(args)
+        with StopSignal() as stop:
+            return train(args, stop)
+    except FloatingPointError as error:  # of a game in an evaluation or at a restart; training names the iteration
+        fail(str(error))
 
 
 def train(args: Args, stop: StopSignal) -> dict:
@@ -1253,11 +1258,11 @@ def train(args: Args, stop: StopSignal) -> dict:
                         writer.flush()  # no logged point may be lost that the checkpoint counts as done
                 progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
                 save_checkpoint(run_dir, parts, progress)
+                if stopping or iteration + 1 == num_iterations:
+                    break
                 envs.close()
                 envs = make_envs(my_args)  # as a resumed run has them: in BipedalWalker, traces outlive a reset
                 obs = restart(envs, args, global_step)
-            if stopping:
-                break
     envs.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -325,7 +325,8 @@ ENTRY_NAMES = {  # Gymnasium documents these; those of MuJoCo and DM Control can
 
 
 def pass_on_warning(message: str) -> None:
-    if "deprecated" not in message:  # of the task's own model file, which is not ours to change
+    """MuJoCo's warnings go to stderr, but for those of the model file, which is not ours to change."""
+    if "deprecated" not in message:
         print(f"warning: MuJoCo: {message}", file=sys.stderr)
 
 
@@ -341,16 +342,23 @@ class Plain(gym.Wrapper):
         self.bounds = None
         if isinstance(env.action_space, gym.spaces.Box):
             self.bounds = env.action_space.low, env.action_space.high
+            # Unbounded: the policy is a Gaussian.
             self.action_space = gym.spaces.Box(-np.inf, np.inf, env.action_space.shape, np.float32)
 
     def reset(self, *, seed=None, options=None):
-        return self.env.reset(seed=seed, options=options)[0].astype(np.float32), {}
+        return self.checked(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action):
         obs, *outcome, _ = self.env.step(action.clip(*self.bounds) if self.bounds else action)
-        if not np.isfinite(obs).all():
+        return self.checked(obs), *outcome, {}
+
+    def checked(self, obs: np.ndarray) -> np.ndarray:
+        """(n,) in float32, in which a finite float64 may overflow."""
+        with np.errstate(over="ignore"):
+            entries = obs.astype(np.float32)
+        if not np.isfinite(entries).all():
             raise FloatingPointError(f"the observation {obs} is not finite")
-        return obs.astype(np.float32), *outcome, {}
+        return entries
 
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
@@ -367,14 +375,14 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             import shimmy
 
             if hide:
-                del os.environ["MUJOCO_GL"]  # others may render
+                del os.environ["MUJOCO_GL"]  # MuJoCo, if it is imported later, may render
             gym.register_envs(shimmy)
         family = family or str(gym.spec(name).entry_point)
         if "mujoco" in family or family == "shimmy":
             import mujoco
 
             mujoco.set_mju_user_warning(pass_on_warning)  # instead of into a file in the current folder
-        rendered = {"render_mode": render_mode} if render_mode else {}
+        rendered = {"render_mode": render_mode} if render_mode else {}  # some constructors have no such argument
         env = gym.make(name, max_episode_steps=args.max_episode_steps or None, **rendered)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         package = next((EXTRAS[module] for module in EXTRAS if family.startswith(module)), None)
@@ -441,7 +449,7 @@ def observation_names(args: Args) -> list[str]:
         names += [f"{key} {i}" for key, count in parts.items() for i in range(count)]
     else:
         task = args.env_id.rpartition("-")[0].removesuffix("Continuous").removesuffix("Hardcore")
-        names = ENTRY_NAMES.get(task, "").split(", ")
+        names = ENTRY_NAMES[task].split(", ") if task in ENTRY_NAMES else []
     env.close()
     if len(names) != size:
         names = [str(i) for i in range(size)]
@@ -512,9 +520,10 @@ def make_envs(args: Args, render_mode: str | None = None) -> gym.vector.VectorEn
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
     """(N,) seeds, one per game. Streams: 0 training, 1 evaluation; others are free (watch.py, benchmark/).
 
-    Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games.
+    Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games. Zeros at the end of
+    a stream do not count: 2 and 2, 0 are the same.
     """
-    return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
+    return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)  # 31 bits: a C int
 
 
 def restart(envs: gym.vector.VectorEnv, args: Args, global_step: int) -> np.ndarray:
@@ -541,22 +550,23 @@ class RunningMoments(nn.Module):
         var, mean = torch.var_mean(x, 0, correction=0)
         require_finite({"the mean of what was observed": mean, "the variance of what was observed": var})
         mine = mean.clone()
-        average([mean])
-        var += (mine - mean) ** 2
+        average([mean])  # now that of all processes
+        var += (mine - mean) ** 2  # about the common mean
         average([var])
         number = len(x) * processes()[1]
-        weight, shift = number / (self.count + number), mean - self.mean
+        weight, shift = number / (self.count + number), mean - self.mean  # weight: the share of the new values
         self.mean += weight * shift
-        self.var += weight * (var - self.var + (1 - weight) * shift**2)
+        self.var += weight * (var - self.var + (1 - weight) * shift**2)  # the last term is due to the means' distance
         self.count += number
 
 
 class Normaliser(nn.Module):
     """Puts observations and rewards on a common scale, by the statistics of the rollouts so far.
 
-    Observations: each entry's mean and variance. Rewards: the standard deviation of the discounted sum
-    of the rewards of an episode so far (as in OpenAI's baselines). Unlike there, the statistics stay
-    fixed during a rollout and its update: a policy is updated on just what it saw when it acted.
+    Observations: each entry's mean and variance over the rollouts before this one (in the first: raw). So a policy is
+    updated on just what it saw when it acted; OpenAI's baselines update the statistics at each step.
+    Rewards: divided by the standard deviation, up to and with this rollout, of the discounted sum of an episode's
+    rewards so far (as in OpenAI's baselines); their mean is kept.
     """
 
     def __init__(self, num_entries: int, args: Args):
@@ -567,7 +577,7 @@ class Normaliser(nn.Module):
 
     def forget_episodes(self) -> None:
         """To be called where all environments restart."""
-        self.running = 0.0  # (N,) discounted sum of the rewards of the running episodes
+        self.running = 0.0  # later (N,): discounted sum of the rewards of the running episodes
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         """obs (B, n) -> (B, n) normalised and clipped; the noise of obs (B, 2, n) comes on top."""
@@ -583,7 +593,7 @@ class Normaliser(nn.Module):
 
     @torch.no_grad()
     def scale_rewards(self, rewards: torch.Tensor, dones: torch.Tensor) -> torch.Tensor:
-        """Take in the rewards (T, N) of a rollout, and return them scaled."""
+        """rewards, dones (T, N) -> (T, N): takes the rewards in, then returns them scaled."""
         history = []
         for reward, done in zip(rewards, dones):
             history.append(self.running * self.gamma + reward)  # (N,)
@@ -595,13 +605,6 @@ class Normaliser(nn.Module):
 # ==================================================================================================
 # Leader
 # ==================================================================================================
-def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights, zero bias: the usual initialisation of PPO."""
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class Leader(nn.Module):
     """The encoder; θ is empty here: obs (B, n) or (B, 2, n) (see Disturbed) -> features (B, n), normalised."""
 
@@ -620,6 +623,13 @@ class Leader(nn.Module):
     def pictures(self, obs: torch.Tensor) -> dict[str, np.ndarray]:
         """Tag -> RGB image (H, W, 3) uint8 to log; an encoder without attention has nothing to show."""
         return {}
+
+
+def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights, zero bias: the usual initialisation of PPO."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 # ==================================================================================================
@@ -676,7 +686,7 @@ class Rollout(NamedTuple):
     """T steps of N environments, allocated once. Time runs along dimension 0."""
 
     obs: torch.Tensor  # (T, N, *observation), in the environment's type, channels last in memory
-    actions: torch.Tensor  # (T, N)
+    actions: torch.Tensor  # (T, N), or (T, N, A) if they are vectors
     logprobs: torch.Tensor  # (T, N) under the policy that acted
     rewards: torch.Tensor  # (T, N) as the environment paid them: raw, unless delayed (see Disturbed)
     values: torch.Tensor  # (T, N)
@@ -773,11 +783,11 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 # Losses
 # ==================================================================================================
 class Batch(NamedTuple):
-    """Transitions, flat: what the losses need of a rollout. B rows each."""
+    """Transitions, flat: what the losses need of a rollout."""
 
-    obs: torch.Tensor
-    actions: torch.Tensor
-    logprobs: torch.Tensor
+    obs: torch.Tensor  # (B, *observation)
+    actions: torch.Tensor  # (B,) or (B, A)
+    logprobs: torch.Tensor  # (B,), like the rest
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
@@ -836,6 +846,26 @@ def make_batch(rollout: Rollout, leader: Leader, args: Args) -> Batch:
     return Batch(*(tensor.flatten(0, 1) for tensor in columns))
 
 
+def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
+    """The rewards (T, N) that the advantages are made of."""
+    rewards = rollout.rewards
+    if args.norm_rewards:
+        rewards = leader.normaliser.scale_rewards(rewards, rollout.dones)
+    if args.clip_rewards:
+        rewards = rewards.clamp(-10, 10)
+    return rewards
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
+    mean, num_processes = x.mean(), processes()[1]
+    average([mean])
+    # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
+    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
+    average([variance])
+    return (x - mean) / (variance.sqrt() + 1e-8)
+
+
 def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
     """All epochs over one rollout. Returns the means of what the losses report."""
     step = torch.compile(joint_step) if args.compile else joint_step
@@ -868,26 +898,6 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
     if args.norm_adv == "minibatch":
         minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
     return minibatch
-
-
-def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
-    """The rewards (T, N) that the advantages are made of."""
-    rewards = rollout.rewards
-    if args.norm_rewards:
-        rewards = leader.normaliser.scale_rewards(rewards, rollout.dones)
-    if args.clip_rewards:
-        rewards = rewards.clamp(-10, 10)
-    return rewards
-
-
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
-    mean, num_processes = x.mean(), processes()[1]
-    average([mean])
-    # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
-    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
-    average([variance])
-    return (x - mean) / (variance.sqrt() + 1e-8)
 
 
 def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module):
@@ -982,13 +992,14 @@ def start_run(args: Args) -> Path:
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = gather(Path(args.run_dir or Path("runs") / name))[0]
     if processes()[0] == 0:
+        record = run_record(args)  # before the folder is made: this tries the task out
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
         except (OSError, ValueError) as error:
             fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
-        write_json(run_dir / "args.json", run_record(args))
+        write_json(run_dir / "args.json", record)
     return run_dir
 
 
@@ -1069,7 +1080,7 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
     favour short ones. Leaves the global random state as it was. Returns, ready for JSON, the games' raw
     "returns" and their "lengths" in agent steps, "mean" and "std" of the returns, "greedy", and the "protocol".
     """
-    num_games = args.eval_episodes
+    num_games, protocol = args.eval_episodes, env_protocol(args)
     envs = make_envs(dataclasses.replace(args, num_envs=num_games))
     obs, _ = envs.reset(seed=env_seeds(args.seed, 1, num_envs=num_games))  # stream 1; training is stream 0
     returns, lengths, playing = np.zeros(num_games), np.zeros(num_games, dtype=int), np.ones(num_games, dtype=bool)
@@ -1093,7 +1104,7 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
         "mean": float(returns.mean()),
         "std": float(returns.std()),
         "greedy": args.eval_greedy,
-        "protocol": env_protocol(args),
+        "protocol": protocol,
     }
 
 
@@ -1304,10 +1315,13 @@ def main(args: Args) -> dict:
     set_matmul_precision(args.matmul_precision)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.evaluate:
-        return evaluate_run(args)
-    with StopSignal() as stop:
-        return train(args, stop)
+    try:
+        if args.evaluate:
+            return evaluate_run(args)
+        with StopSignal() as stop:
+            return train(args, stop)
+    except FloatingPointError as error:  # of a game in an evaluation or at a restart; training names the iteration
+        fail(str(error))
 
 
 def train(args: Args, stop: StopSignal) -> dict:
@@ -1405,12 +1419,12 @@ def train(args: Args, stop: StopSignal) -> dict:
                         writer.flush()  # no logged point may be lost that the checkpoint counts as done
                 progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
                 save_checkpoint(run_dir, parts, progress)
+                if stopping or iteration + 1 == num_iterations:
+                    break
                 envs.close()
                 envs = make_envs(my_args)  # as a resumed run has them: in BipedalWalker, traces outlive a reset
                 obs = restart(envs, args, global_step)
                 leader.normaliser.forget_episodes()
-            if stopping:
-                break
     envs.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -543,9 +543,10 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
     """(N,) seeds, one per game. Streams: 0 training, 1 evaluation; others are free (watch.py, benchmark/).
 
-    Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games.
+    Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games. Zeros at the end of
+    a stream do not count: 2 and 2, 0 are the same.
     """
-    return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
+    return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)  # 31 bits: a C int
 
 
 def restart(envs: gym.vector.VectorEnv, args: Args, global_step: int) -> np.ndarray:
@@ -558,126 +559,6 @@ def restart(envs: gym.vector.VectorEnv, args: Args, global_step: int) -> np.ndar
 # ==================================================================================================
 # Leader
 # ==================================================================================================
-def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights, zero bias: the usual initialisation of PPO."""
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def attend(query, key, value, fused: bool = True) -> torch.Tensor:
-    """softmax(Q Kᵀ / √d) V: query and key (B, n, d), value (B, n, C) -> (B, n, C).
-
-    The plain product up to n = 100 locations, where it is the fastest (and if not `fused`, for tests). Beyond,
-    kernels that never hold the n x n weights of the whole batch: tiles on a CPU, PyTorch's own on a GPU.
-    """
-    if not fused or query.shape[1] <= 100:
-        return torch.bmm(attention_rows(query, key), value)
-    if not query.is_cpu:  # zeros change no product, and all fused kernels take equal widths
-        scale = query.shape[-1] ** -0.5
-        query, key = (F.pad(x, (0, value.shape[-1] - x.shape[-1])) for x in (query, key))
-        heads = (x.unsqueeze(1) for x in (query, key, value))  # one head
-        return F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
-    scale = math.log2(math.e) * query.shape[-1] ** -0.5  # e^x = 2^(x · log2 e)
-    return TiledAttention.apply(query * scale, key.contiguous(), value.contiguous())
-
-
-def attention_rows(query, key) -> torch.Tensor:
-    """Attention weights: query (B, r, d), key (B, n, d) -> (B, r, n), rows sum to 1.
-
-    Rows under 48 (never on frames) are computed as columns, whose softmax takes half the time on a CPU.
-    """
-    scale, nothing = query.shape[-1] ** -0.5, key.new_empty(())
-    if key.shape[1] < 48:
-        scores = torch.baddbmm(nothing, key, query.transpose(1, 2), beta=0, alpha=scale)
-        return scores.softmax(1).transpose(1, 2)
-    return torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
-
-
-class TiledAttention(torch.autograd.Function):
-    """2^(Q Kᵀ) V, the powers' rows scaled to sum to 1, in tiles of a few samples that stay in the CPU's cache.
-
-    The backward computes them again. On two cores twice as fast at n = 400 as PyTorch's fused
-    kernel, which takes only equal widths and so needs d = 4 padded to C = 32. Differentiable twice.
-    """
-
-    @staticmethod
-    def tiles(query, key, dim=-1):
-        """Yields (slice of samples, their weights up to a factor per row, scratch), reusing two buffers.
-
-        With key and query swapped and `dim` 1, the weights are transposed.
-        """
-        n = query.shape[1]
-        size = max(torch.get_num_threads(), 1_300_000 // n**2)  # samples; two buffers of 5 MB
-        small = (
-            query.abs().amax() * key.abs().amax() * query.shape[-1] < 60
-        )  # then all |scores| < 60: no power overflows
-        buffers = query.new_empty(2, size, n, n)
-        for start in range(0, len(query), size):
-            tile = slice(start, min(start + size, len(query)))
-            weights, scratch = buffers[:, : tile.stop - tile.start]
-            torch.bmm(query[tile], key[tile].transpose(1, 2), out=weights)
-            if small:
-                weights.exp2_()  # takes a third of a softmax's time
-            else:
-                torch.softmax(weights.mul_(math.log(2)), dim, out=weights)
-            yield tile, weights, scratch
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        output, sums = torch.empty_like(value), value.new_empty(*value.shape[:2], 1)
-        for tile, weights, _ in TiledAttention.tiles(query, key):
-            torch.sum(weights, -1, keepdim=True, out=sums[tile])
-            torch.bmm(weights, value[tile], out=output[tile]).div_(sums[tile])
-        ctx.save_for_backward(query, key, value, output, sums)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, output, sums = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again: leave that to the plain product
-            plain = torch.bmm((torch.bmm(query, key.transpose(1, 2)) * math.log(2)).softmax(-1), value)
-            return torch.autograd.grad(plain, (query, key, value), grad, create_graph=True)
-        key_t = key.transpose(1, 2).contiguous()
-        grad_query_t, grad_key, grad_value = map(torch.empty_like, (key_t, key, value))
-        slope = grad / sums  # instead of dividing the weights
-        mean = (slope * output).sum(-1).unsqueeze(1)  # (B, 1, n) Σ_j A_ij ∂L/∂A_ij of each row i, over its sum
-        for tile, weights, scratch in TiledAttention.tiles(key, query, dim=1):  # Aᵀ: its products are faster
-            torch.bmm(weights, slope[tile], out=grad_value[tile])
-            torch.bmm(value[tile], slope[tile].transpose(1, 2), out=scratch)  # ∂L/∂Aᵀ over sums
-            scratch.sub_(mean[tile]).mul_(weights)  # ∂L/∂(K Qᵀ) over log 2, the softmax's backward
-            torch.bmm(scratch, query[tile], out=grad_key[tile])
-            torch.bmm(key_t[tile], scratch, out=grad_query_t[tile])
-        return math.log(2) * grad_query_t.transpose(1, 2), math.log(2) * grad_key, grad_value
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over the n locations of a map (Figure 4): (B, n, C) -> (B, n, C)."""
-
-    def __init__(self, channels: int, gated: bool):
-        super().__init__()
-        self.widths = [channels // 8, channels // 8, channels]
-        self.project = nn.Linear(channels, sum(self.widths))  # the three 1x1 convolutions at once
-        # DEVIATION: row 4, x + γ·attention(x), not attention(x), which averages the map away
-        self.gate = nn.Parameter(torch.zeros(())) if gated else None
-
-    def forward(self, x: torch.Tensor, num_rows: int | None = None):
-        """Returns (output, weights). Weights: None if `num_rows` is None; (B, n, n) if it is 0 or at least n; else
-        (B, num_rows, n) of as many query rows drawn at random, the same for the whole batch.
-        """
-        n = x.shape[1]
-        query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/8), (B, n, C/8), (B, n, C)
-        if num_rows is None:
-            rows, attended = None, attend(query, key, value)
-        elif 0 < num_rows < n:
-            drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]]
-            rows, attended = attention_rows(drawn, key), attend(query, key, value)  # (B, r, n), (B, n, C)
-        else:
-            rows = attention_rows(query, key)  # (B, n, n), all of them: no use in fusing
-            attended = torch.bmm(rows, value)
-        return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
-
-
 class Leader(nn.Module):
     """Perception, θ: three times conv, LayerNorm, attention (Figure 3), at the sizes of the Nature CNN.
 
@@ -739,6 +620,118 @@ class Leader(nn.Module):
         return {"leader/attention_received": np.vstack(rows).repeat(2, axis=0).repeat(2, axis=1)}
 
 
+class AttentionBlock(nn.Module):
+    """Self-attention over the n locations of a map (Figure 4): (B, n, C) -> (B, n, C)."""
+
+    def __init__(self, channels: int, gated: bool):
+        super().__init__()
+        self.widths = [channels // 8, channels // 8, channels]
+        self.project = nn.Linear(channels, sum(self.widths))  # Figure 4's three 1x1 convolutions at once
+        # DEVIATION: row 4, x + γ·attention(x), not attention(x), which averages the map away
+        self.gate = nn.Parameter(torch.zeros(())) if gated else None
+
+    def forward(self, x: torch.Tensor, num_rows: int | None = None):
+        """Returns (output, weights). Weights: None if `num_rows` is None; (B, n, n) if it is 0 or at least n; else
+        (B, num_rows, n) of as many query rows drawn at random, the same for the whole batch.
+        """
+        n = x.shape[1]
+        query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/8), (B, n, C/8), (B, n, C)
+        if num_rows is None:
+            rows, attended = None, attend(query, key, value)
+        elif 0 < num_rows < n:
+            drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]]
+            rows, attended = attention_rows(drawn, key), attend(query, key, value)  # (B, r, n), (B, n, C)
+        else:
+            rows = attention_rows(query, key)  # (B, n, n), all of them: no use in fusing
+            attended = torch.bmm(rows, value)
+        return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
+
+
+def attend(query, key, value, fused: bool = True) -> torch.Tensor:
+    """softmax(Q Kᵀ / √d) V: query and key (B, n, d), value (B, n, C) -> (B, n, C).
+
+    The plain product up to n = 100 locations, where it is the fastest (and if not `fused`, for tests). Beyond,
+    kernels that never hold the n x n weights of the whole batch: tiles on a CPU, PyTorch's own on a GPU.
+    """
+    if not fused or query.shape[1] <= 100:
+        return torch.bmm(attention_rows(query, key), value)
+    if not query.is_cpu:  # zeros change no product, and all fused kernels take equal widths
+        scale = query.shape[-1] ** -0.5
+        query, key = (F.pad(x, (0, value.shape[-1] - x.shape[-1])) for x in (query, key))
+        heads = (x.unsqueeze(1) for x in (query, key, value))  # one head
+        return F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
+    scale = math.log2(math.e) * query.shape[-1] ** -0.5  # e^x = 2^(x · log2 e)
+    return TiledAttention.apply(query * scale, key.contiguous(), value.contiguous())
+
+
+def attention_rows(query, key) -> torch.Tensor:
+    """Attention weights: query (B, r, d), key (B, n, d) -> (B, r, n), rows sum to 1.
+
+    Rows under 48 (never on frames) are computed as columns, whose softmax takes half the time on a CPU.
+    """
+    scale, nothing = query.shape[-1] ** -0.5, key.new_empty(())
+    if key.shape[1] < 48:
+        scores = torch.baddbmm(nothing, key, query.transpose(1, 2), beta=0, alpha=scale)
+        return scores.softmax(1).transpose(1, 2)
+    return torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
+
+
+class TiledAttention(torch.autograd.Function):
+    """2^(Q Kᵀ) V, the powers' rows scaled to sum to 1, in tiles of a few samples that stay in the CPU's cache.
+
+    The backward computes them again. On two cores twice as fast at n = 400 as PyTorch's fused
+    kernel, which takes only equal widths and so needs d = 4 padded to C = 32. Differentiable twice.
+    """
+
+    @staticmethod
+    def tiles(query, key, dim=-1):
+        """Yields (slice of samples, their weights up to a factor per row, scratch), reusing two buffers.
+
+        With key and query swapped and `dim` 1, the weights are transposed.
+        """
+        n = query.shape[1]
+        size = max(torch.get_num_threads(), 1_300_000 // n**2)  # samples; two buffers of 5 MB
+        largest = query.abs().amax() * key.abs().amax() * query.shape[-1]  # no |score| is larger
+        small = largest < 60  # then no power of 2 overflows, nor does a sum of them
+        buffers = query.new_empty(2, size, n, n)
+        for start in range(0, len(query), size):
+            tile = slice(start, min(start + size, len(query)))
+            weights, scratch = buffers[:, : tile.stop - tile.start]
+            torch.bmm(query[tile], key[tile].transpose(1, 2), out=weights)
+            if small:
+                weights.exp2_()  # takes a third of a softmax's time
+            else:
+                torch.softmax(weights.mul_(math.log(2)), dim, out=weights)
+            yield tile, weights, scratch
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output, sums = torch.empty_like(value), value.new_empty(*value.shape[:2], 1)
+        for tile, weights, _ in TiledAttention.tiles(query, key):
+            torch.sum(weights, -1, keepdim=True, out=sums[tile])
+            torch.bmm(weights, value[tile], out=output[tile]).div_(sums[tile])
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, output, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: leave that to the plain product
+            plain = torch.bmm((torch.bmm(query, key.transpose(1, 2)) * math.log(2)).softmax(-1), value)
+            return torch.autograd.grad(plain, (query, key, value), grad, create_graph=True)
+        key_t = key.transpose(1, 2).contiguous()
+        grad_query_t, grad_key, grad_value = map(torch.empty_like, (key_t, key, value))
+        slope = grad / sums  # instead of dividing the weights
+        mean = (slope * output).sum(-1).unsqueeze(1)  # (B, 1, n) Σ_j A_ij ∂L/∂A_ij of each row i, over its sum
+        for tile, weights, scratch in TiledAttention.tiles(key, query, dim=1):  # Aᵀ: its products are faster
+            torch.bmm(weights, slope[tile], out=grad_value[tile])
+            torch.bmm(value[tile], slope[tile].transpose(1, 2), out=scratch)  # ∂L/∂Aᵀ over sums
+            scratch.sub_(mean[tile]).mul_(weights)  # ∂L/∂(K Qᵀ) over log 2, the softmax's backward
+            torch.bmm(scratch, query[tile], out=grad_key[tile])
+            torch.bmm(key_t[tile], scratch, out=grad_query_t[tile])
+        return math.log(2) * grad_query_t.transpose(1, 2), math.log(2) * grad_key, grad_value
+
+
 def attention_overlay(frame: np.ndarray, received: np.ndarray, layer: int) -> np.ndarray:
     """Colour a grey frame (84, 84) by the attention c that each location of a layer receives, (n,).
 
@@ -753,6 +746,13 @@ def attention_overlay(frame: np.ndarray, received: np.ndarray, layer: int) -> np
     heat = 1 - 1 / share.clip(1)
     grey = frame * share.clip(0.3, 1)
     return np.stack([grey + (255 - grey) * heat, grey * (1 - heat / 2), grey * (1 - heat / 2)], -1).astype(np.uint8)
+
+
+def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights, zero bias: the usual initialisation of PPO."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 # ==================================================================================================
@@ -788,7 +788,7 @@ class Rollout(NamedTuple):
     """T steps of N environments, allocated once. Time runs along dimension 0."""
 
     obs: torch.Tensor  # (T, N, *observation), in the environment's type, channels last in memory
-    actions: torch.Tensor  # (T, N)
+    actions: torch.Tensor  # (T, N), or (T, N, A) if they are vectors
     logprobs: torch.Tensor  # (T, N) under the policy that acted
     rewards: torch.Tensor  # (T, N) as the environment paid them: raw, unless delayed (see Disturbed)
     values: torch.Tensor  # (T, N)
@@ -885,11 +885,11 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 # Losses
 # ==================================================================================================
 class Batch(NamedTuple):
-    """Transitions, flat: what the losses need of a rollout. B rows each."""
+    """Transitions, flat: what the losses need of a rollout."""
 
-    obs: torch.Tensor
-    actions: torch.Tensor
-    logprobs: torch.Tensor
+    obs: torch.Tensor  # (B, *observation)
+    actions: torch.Tensor  # (B,) or (B, A)
+    logprobs: torch.Tensor  # (B,), like the rest
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
@@ -1001,6 +1001,27 @@ def make_batch(rollout: Rollout, leader: Leader, args: Args) -> Batch:
         advantages = normalise(advantages)
     columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
     return Batch(*(tensor.flatten(0, 1) for tensor in columns))
+
+
+def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
+    """The rewards (T, N) that the advantages are made of."""
+    delayed = args.reward_delay > 1  # and then clipped already, see Disturbed
+    rewards = rollout.rewards.sign() if args.clip_rewards and not delayed else rollout.rewards
+    if args.perception_cost_in_reward:  # R - λ_c C_θ(s), as in Eq. (13)
+        with torch.no_grad():
+            costs = [perception_cost(leader(obs, cost_rows(args))[1], args.perception_cost) for obs in rollout.obs]
+        rewards = rewards - args.perception_cost_weight * torch.stack(costs)
+    return rewards
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
+    mean, num_processes = x.mean(), processes()[1]
+    average([mean])
+    # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
+    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
+    average([variance])
+    return (x - mean) / (variance.sqrt() + 1e-8)
 
 
 def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
@@ -1222,30 +1243,9 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
     return minibatch
 
 
-def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
-    """The rewards (T, N) that the advantages are made of."""
-    delayed = args.reward_delay > 1  # and then clipped already, see Disturbed
-    rewards = rollout.rewards.sign() if args.clip_rewards and not delayed else rollout.rewards
-    if args.perception_cost_in_reward:  # R - λ_c C_θ(s), as in Eq. (13)
-        with torch.no_grad():
-            costs = [perception_cost(leader(obs, cost_rows(args))[1], args.perception_cost) for obs in rollout.obs]
-        rewards = rewards - args.perception_cost_weight * torch.stack(costs)
-    return rewards
-
-
 def cost_rows(args: Args) -> int:
     """Query rows per layer that the perception cost is computed from; 0 for all."""
     return 0 if args.perception_cost == "concentration" else args.cost_rows
-
-
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
-    mean, num_processes = x.mean(), processes()[1]
-    average([mean])
-    # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
-    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
-    average([variance])
-    return (x - mean) / (variance.sqrt() + 1e-8)
 
 
 def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module):
@@ -1349,13 +1349,14 @@ def start_run(args: Args) -> Path:
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = gather(Path(args.run_dir or Path("runs") / name))[0]
     if processes()[0] == 0:
+        record = run_record(args)  # before the folder is made: this tries the task out
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
         except (OSError, ValueError) as error:
             fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
-        write_json(run_dir / "args.json", run_record(args))
+        write_json(run_dir / "args.json", record)
     return run_dir
 
 
@@ -1436,7 +1437,7 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
     favour short ones. Leaves the global random state as it was. Returns, ready for JSON, the games' raw
     "returns" and their "lengths" in agent steps, "mean" and "std" of the returns, "greedy", and the "protocol".
     """
-    num_games = args.eval_episodes
+    num_games, protocol = args.eval_episodes, env_protocol(args)
     envs = make_envs(dataclasses.replace(args, num_envs=num_games))
     obs, _ = envs.reset(seed=env_seeds(args.seed, 1, num_envs=num_games))  # stream 1; training is stream 0
     returns, lengths, playing = np.zeros(num_games), np.zeros(num_games, dtype=int), np.ones(num_games, dtype=bool)
@@ -1460,7 +1461,7 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
         "mean": float(returns.mean()),
         "std": float(returns.std()),
         "greedy": args.eval_greedy,
-        "protocol": env_protocol(args),
+        "protocol": protocol,
     }
 
 
@@ -1671,10 +1672,13 @@ def main(args: Args) -> dict:
     set_matmul_precision(args.matmul_precision)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.evaluate:
-        return evaluate_run(args)
-    with StopSignal() as stop:
-        return train(args, stop)
+    try:
+        if args.evaluate:
+            return evaluate_run(args)
+        with StopSignal() as stop:
+            return train(args, stop)
+    except FloatingPointError as error:  # of a game in an evaluation or at a restart; training names the iteration
+        fail(str(error))
 
 
 def train(args: Args, stop: StopSignal) -> dict:
@@ -1770,11 +1774,11 @@ def train(args: Args, stop: StopSignal) -> dict:
                         writer.flush()  # no logged point may be lost that the checkpoint counts as done
                 progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
                 save_checkpoint(run_dir, parts, progress)
+                if stopping or iteration + 1 == num_iterations:
+                    break
                 envs.close()
                 envs = make_envs(my_args)  # as a resumed run has them: in BipedalWalker, traces outlive a reset
                 obs = restart(envs, args, global_step)
-            if stopping:
-                break
     envs.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -427,7 +427,8 @@ ENTRY_NAMES = {  # Gymnasium documents these; those of MuJoCo and DM Control can
 
 
 def pass_on_warning(message: str) -> None:
-    if "deprecated" not in message:  # of the task's own model file, which is not ours to change
+    """MuJoCo's warnings go to stderr, but for those of the model file, which is not ours to change."""
+    if "deprecated" not in message:
         print(f"warning: MuJoCo: {message}", file=sys.stderr)
 
 
@@ -443,16 +444,23 @@ class Plain(gym.Wrapper):
         self.bounds = None
         if isinstance(env.action_space, gym.spaces.Box):
             self.bounds = env.action_space.low, env.action_space.high
+            # Unbounded: the policy is a Gaussian.
             self.action_space = gym.spaces.Box(-np.inf, np.inf, env.action_space.shape, np.float32)
 
     def reset(self, *, seed=None, options=None):
-        return self.env.reset(seed=seed, options=options)[0].astype(np.float32), {}
+        return self.checked(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action):
         obs, *outcome, _ = self.env.step(action.clip(*self.bounds) if self.bounds else action)
-        if not np.isfinite(obs).all():
+        return self.checked(obs), *outcome, {}
+
+    def checked(self, obs: np.ndarray) -> np.ndarray:
+        """(n,) in float32, in which a finite float64 may overflow."""
+        with np.errstate(over="ignore"):
+            entries = obs.astype(np.float32)
+        if not np.isfinite(entries).all():
             raise FloatingPointError(f"the observation {obs} is not finite")
-        return obs.astype(np.float32), *outcome, {}
+        return entries
 
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
@@ -469,14 +477,14 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             import shimmy
 
             if hide:
-                del os.environ["MUJOCO_GL"]  # others may render
+                del os.environ["MUJOCO_GL"]  # MuJoCo, if it is imported later, may render
             gym.register_envs(shimmy)
         family = family or str(gym.spec(name).entry_point)
         if "mujoco" in family or family == "shimmy":
             import mujoco
 
             mujoco.set_mju_user_warning(pass_on_warning)  # instead of into a file in the current folder
-        rendered = {"render_mode": render_mode} if render_mode else {}
+        rendered = {"render_mode": render_mode} if render_mode else {}  # some constructors have no such argument
         env = gym.make(name, max_episode_steps=args.max_episode_steps or None, **rendered)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         package = next((EXTRAS[module] for module in EXTRAS if family.startswith(module)), None)
@@ -543,7 +551,7 @@ def observation_names(args: Args) -> list[str]:
         names += [f"{key} {i}" for key, count in parts.items() for i in range(count)]
     else:
         task = args.env_id.rpartition("-")[0].removesuffix("Continuous").removesuffix("Hardcore")
-        names = ENTRY_NAMES.get(task, "").split(", ")
+        names = ENTRY_NAMES[task].split(", ") if task in ENTRY_NAMES else []
     env.close()
     if len(names) != size:
         names = [str(i) for i in range(size)]
@@ -614,9 +622,10 @@ def make_envs(args: Args, render_mode: str | None = None) -> gym.vector.VectorEn
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
     """(N,) seeds, one per game. Streams: 0 training, 1 evaluation; others are free (watch.py, benchmark/).
 
-    Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games.
+    Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games. Zeros at the end of
+    a stream do not count: 2 and 2, 0 are the same.
     """
-    return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)
+    return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)  # 31 bits: a C int
 
 
 def restart(envs: gym.vector.VectorEnv, args: Args, global_step: int) -> np.ndarray:
@@ -643,22 +652,23 @@ class RunningMoments(nn.Module):
         var, mean = torch.var_mean(x, 0, correction=0)
         require_finite({"the mean of what was observed": mean, "the variance of what was observed": var})
         mine = mean.clone()
-        average([mean])
-        var += (mine - mean) ** 2
+        average([mean])  # now that of all processes
+        var += (mine - mean) ** 2  # about the common mean
         average([var])
         number = len(x) * processes()[1]
-        weight, shift = number / (self.count + number), mean - self.mean
+        weight, shift = number / (self.count + number), mean - self.mean  # weight: the share of the new values
         self.mean += weight * shift
-        self.var += weight * (var - self.var + (1 - weight) * shift**2)
+        self.var += weight * (var - self.var + (1 - weight) * shift**2)  # the last term is due to the means' distance
         self.count += number
 
 
 class Normaliser(nn.Module):
     """Puts observations and rewards on a common scale, by the statistics of the rollouts so far.
 
-    Observations: each entry's mean and variance. Rewards: the standard deviation of the discounted sum
-    of the rewards of an episode so far (as in OpenAI's baselines). Unlike there, the statistics stay
-    fixed during a rollout and its update: a policy is updated on just what it saw when it acted.
+    Observations: each entry's mean and variance over the rollouts before this one (in the first: raw). So a policy is
+    updated on just what it saw when it acted; OpenAI's baselines update the statistics at each step.
+    Rewards: divided by the standard deviation, up to and with this rollout, of the discounted sum of an episode's
+    rewards so far (as in OpenAI's baselines); their mean is kept.
     """
 
     def __init__(self, num_entries: int, args: Args):
@@ -669,7 +679,7 @@ class Normaliser(nn.Module):
 
     def forget_episodes(self) -> None:
         """To be called where all environments restart."""
-        self.running = 0.0  # (N,) discounted sum of the rewards of the running episodes
+        self.running = 0.0  # later (N,): discounted sum of the rewards of the running episodes
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         """obs (B, n) -> (B, n) normalised and clipped; the noise of obs (B, 2, n) comes on top."""
@@ -685,7 +695,7 @@ class Normaliser(nn.Module):
 
     @torch.no_grad()
     def scale_rewards(self, rewards: torch.Tensor, dones: torch.Tensor) -> torch.Tensor:
-        """Take in the rewards (T, N) of a rollout, and return them scaled."""
+        """rewards, dones (T, N) -> (T, N): takes the rewards in, then returns them scaled."""
         history = []
         for reward, done in zip(rewards, dones):
             history.append(self.running * self.gamma + reward)  # (N,)
@@ -697,130 +707,12 @@ class Normaliser(nn.Module):
 # ==================================================================================================
 # Leader
 # ==================================================================================================
-def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights, zero bias: the usual initialisation of PPO."""
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def attend(query, key, value, fused: bool = True) -> torch.Tensor:
-    """softmax(Q Kᵀ / √d) V: query and key (B, n, d), value (B, n, C) -> (B, n, C).
-
-    The plain product up to n = 100 locations, where it is the fastest (and if not `fused`, for tests). Beyond,
-    kernels that never hold the n x n weights of the whole batch: tiles on a CPU, PyTorch's own on a GPU.
-    """
-    if not fused or query.shape[1] <= 100:
-        return torch.bmm(attention_rows(query, key), value)
-    if not query.is_cpu:  # zeros change no product, and all fused kernels take equal widths
-        scale = query.shape[-1] ** -0.5
-        query, key = (F.pad(x, (0, value.shape[-1] - x.shape[-1])) for x in (query, key))
-        heads = (x.unsqueeze(1) for x in (query, key, value))  # one head
-        return F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
-    scale = math.log2(math.e) * query.shape[-1] ** -0.5  # e^x = 2^(x · log2 e)
-    return TiledAttention.apply(query * scale, key.contiguous(), value.contiguous())
-
-
-def attention_rows(query, key) -> torch.Tensor:
-    """Attention weights: query (B, r, d), key (B, n, d) -> (B, r, n), rows sum to 1.
-
-    Rows under 48 (never on frames) are computed as columns, whose softmax takes half the time on a CPU.
-    """
-    scale, nothing = query.shape[-1] ** -0.5, key.new_empty(())
-    if key.shape[1] < 48:
-        scores = torch.baddbmm(nothing, key, query.transpose(1, 2), beta=0, alpha=scale)
-        return scores.softmax(1).transpose(1, 2)
-    return torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
-
-
-class TiledAttention(torch.autograd.Function):
-    """2^(Q Kᵀ) V, the powers' rows scaled to sum to 1, in tiles of a few samples that stay in the CPU's cache.
-
-    The backward computes them again. On two cores twice as fast at n = 400 as PyTorch's fused
-    kernel, which takes only equal widths and so needs d = 4 padded to C = 32. Differentiable twice.
-    """
-
-    @staticmethod
-    def tiles(query, key, dim=-1):
-        """Yields (slice of samples, their weights up to a factor per row, scratch), reusing two buffers.
-
-        With key and query swapped and `dim` 1, the weights are transposed.
-        """
-        n = query.shape[1]
-        size = max(torch.get_num_threads(), 1_300_000 // n**2)  # samples; two buffers of 5 MB
-        small = (
-            query.abs().amax() * key.abs().amax() * query.shape[-1] < 60
-        )  # then all |scores| < 60: no power overflows
-        buffers = query.new_empty(2, size, n, n)
-        for start in range(0, len(query), size):
-            tile = slice(start, min(start + size, len(query)))
-            weights, scratch = buffers[:, : tile.stop - tile.start]
-            torch.bmm(query[tile], key[tile].transpose(1, 2), out=weights)
-            if small:
-                weights.exp2_()  # takes a third of a softmax's time
-            else:
-                torch.softmax(weights.mul_(math.log(2)), dim, out=weights)
-            yield tile, weights, scratch
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        output, sums = torch.empty_like(value), value.new_empty(*value.shape[:2], 1)
-        for tile, weights, _ in TiledAttention.tiles(query, key):
-            torch.sum(weights, -1, keepdim=True, out=sums[tile])
-            torch.bmm(weights, value[tile], out=output[tile]).div_(sums[tile])
-        ctx.save_for_backward(query, key, value, output, sums)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, output, sums = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again: leave that to the plain product
-            plain = torch.bmm((torch.bmm(query, key.transpose(1, 2)) * math.log(2)).softmax(-1), value)
-            return torch.autograd.grad(plain, (query, key, value), grad, create_graph=True)
-        key_t = key.transpose(1, 2).contiguous()
-        grad_query_t, grad_key, grad_value = map(torch.empty_like, (key_t, key, value))
-        slope = grad / sums  # instead of dividing the weights
-        mean = (slope * output).sum(-1).unsqueeze(1)  # (B, 1, n) Σ_j A_ij ∂L/∂A_ij of each row i, over its sum
-        for tile, weights, scratch in TiledAttention.tiles(key, query, dim=1):  # Aᵀ: its products are faster
-            torch.bmm(weights, slope[tile], out=grad_value[tile])
-            torch.bmm(value[tile], slope[tile].transpose(1, 2), out=scratch)  # ∂L/∂Aᵀ over sums
-            scratch.sub_(mean[tile]).mul_(weights)  # ∂L/∂(K Qᵀ) over log 2, the softmax's backward
-            torch.bmm(scratch, query[tile], out=grad_key[tile])
-            torch.bmm(key_t[tile], scratch, out=grad_query_t[tile])
-        return math.log(2) * grad_query_t.transpose(1, 2), math.log(2) * grad_key, grad_value
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over n tokens (Figure 4): (B, n, C) -> (B, n, C)."""
-
-    def __init__(self, channels: int, gated: bool):
-        super().__init__()
-        self.widths = [channels // 4, channels // 4, channels]  # Figure 4's C/8 would be 2
-        self.project = nn.Linear(channels, sum(self.widths))  # the three 1x1 convolutions at once
-        # DEVIATION: row 4, x + γ·attention(x), not attention(x), which averages the map away
-        self.gate = nn.Parameter(torch.zeros(())) if gated else None
-
-    def forward(self, x: torch.Tensor, num_rows: int | None = None):
-        """Returns (output, weights). Weights: None if `num_rows` is None; (B, n, n) if it is 0 or at least n; else
-        (B, num_rows, n) of as many query rows drawn at random, the same for the whole batch.
-        """
-        n = x.shape[1]
-        query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/4), (B, n, C/4), (B, n, C)
-        if num_rows is None:
-            rows, attended = None, attend(query, key, value)
-        elif 0 < num_rows < n:
-            drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]]
-            rows, attended = attention_rows(drawn, key), attend(query, key, value)  # (B, r, n), (B, n, C)
-        else:
-            rows = attention_rows(query, key)  # (B, n, n), all of them: no use in fusing
-            attended = torch.bmm(rows, value)
-        return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
-
-
 class Leader(nn.Module):
-    """Perception, θ: each entry is a token, to which three layers add: linear, LayerNorm, attention over entries.
+    """Perception, θ. Each entry of the observation becomes a token of C = 16 channels, x (n, C); each of K = 3 layers
+    then adds to all tokens: x + g·attention(ReLU(LayerNorm(linear(x)))), the attention of entries to entries.
 
-    Gates start at 0, so at first the features are linear in what PPO's heads see (unless --attention figure4).
+    (--attention figure4: x = attention(LayerNorm(linear(x))) alone; none: no attention.) The gates g start at 0, so
+    at first the features are linear in the normalised observation, like the inputs of PPO's heads.
     obs (B, n) or (B, 2, n) (see Disturbed) -> features (B, n·C). With `num_rows` given, (features, attention):
     a list of K = 3 tensors (B, r, n) (see AttentionBlock).
     """
@@ -878,6 +770,119 @@ class Leader(nn.Module):
         return {"leader/attention": np.hstack([attention_map(weights, names) for weights in maps])} if maps else {}
 
 
+class AttentionBlock(nn.Module):
+    """Self-attention over n tokens (Figure 4): (B, n, C) -> (B, n, C)."""
+
+    def __init__(self, channels: int, gated: bool):
+        super().__init__()
+        # DEVIATION: row 4, C/4 for queries and keys: Figure 4's C/8 would be 2 channels
+        self.widths = [channels // 4, channels // 4, channels]
+        self.project = nn.Linear(channels, sum(self.widths))  # Figure 4's three 1x1 convolutions at once
+        # DEVIATION: row 4, x + γ·attention(x), not attention(x), which averages the map away
+        self.gate = nn.Parameter(torch.zeros(())) if gated else None
+
+    def forward(self, x: torch.Tensor, num_rows: int | None = None):
+        """Returns (output, weights). Weights: None if `num_rows` is None; (B, n, n) if it is 0 or at least n; else
+        (B, num_rows, n) of as many query rows drawn at random, the same for the whole batch.
+        """
+        n = x.shape[1]
+        query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/4), (B, n, C/4), (B, n, C)
+        if num_rows is None:
+            rows, attended = None, attend(query, key, value)
+        elif 0 < num_rows < n:
+            drawn = query[:, torch.randperm(n, device=x.device)[:num_rows]]
+            rows, attended = attention_rows(drawn, key), attend(query, key, value)  # (B, r, n), (B, n, C)
+        else:
+            rows = attention_rows(query, key)  # (B, n, n), all of them: no use in fusing
+            attended = torch.bmm(rows, value)
+        return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
+
+
+def attend(query, key, value, fused: bool = True) -> torch.Tensor:
+    """softmax(Q Kᵀ / √d) V: query and key (B, n, d), value (B, n, C) -> (B, n, C).
+
+    The plain product up to n = 100 locations, where it is the fastest (and if not `fused`, for tests). Beyond,
+    kernels that never hold the n x n weights of the whole batch: tiles on a CPU, PyTorch's own on a GPU.
+    """
+    if not fused or query.shape[1] <= 100:
+        return torch.bmm(attention_rows(query, key), value)
+    if not query.is_cpu:  # zeros change no product, and all fused kernels take equal widths
+        scale = query.shape[-1] ** -0.5
+        query, key = (F.pad(x, (0, value.shape[-1] - x.shape[-1])) for x in (query, key))
+        heads = (x.unsqueeze(1) for x in (query, key, value))  # one head
+        return F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
+    scale = math.log2(math.e) * query.shape[-1] ** -0.5  # e^x = 2^(x · log2 e)
+    return TiledAttention.apply(query * scale, key.contiguous(), value.contiguous())
+
+
+def attention_rows(query, key) -> torch.Tensor:
+    """Attention weights: query (B, r, d), key (B, n, d) -> (B, r, n), rows sum to 1.
+
+    Rows under 48 (never on frames) are computed as columns, whose softmax takes half the time on a CPU.
+    """
+    scale, nothing = query.shape[-1] ** -0.5, key.new_empty(())
+    if key.shape[1] < 48:
+        scores = torch.baddbmm(nothing, key, query.transpose(1, 2), beta=0, alpha=scale)
+        return scores.softmax(1).transpose(1, 2)
+    return torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
+
+
+class TiledAttention(torch.autograd.Function):
+    """2^(Q Kᵀ) V, the powers' rows scaled to sum to 1, in tiles of a few samples that stay in the CPU's cache.
+
+    The backward computes them again. On two cores twice as fast at n = 400 as PyTorch's fused
+    kernel, which takes only equal widths and so needs d = 4 padded to C = 32. Differentiable twice.
+    """
+
+    @staticmethod
+    def tiles(query, key, dim=-1):
+        """Yields (slice of samples, their weights up to a factor per row, scratch), reusing two buffers.
+
+        With key and query swapped and `dim` 1, the weights are transposed.
+        """
+        n = query.shape[1]
+        size = max(torch.get_num_threads(), 1_300_000 // n**2)  # samples; two buffers of 5 MB
+        largest = query.abs().amax() * key.abs().amax() * query.shape[-1]  # no |score| is larger
+        small = largest < 60  # then no power of 2 overflows, nor does a sum of them
+        buffers = query.new_empty(2, size, n, n)
+        for start in range(0, len(query), size):
+            tile = slice(start, min(start + size, len(query)))
+            weights, scratch = buffers[:, : tile.stop - tile.start]
+            torch.bmm(query[tile], key[tile].transpose(1, 2), out=weights)
+            if small:
+                weights.exp2_()  # takes a third of a softmax's time
+            else:
+                torch.softmax(weights.mul_(math.log(2)), dim, out=weights)
+            yield tile, weights, scratch
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output, sums = torch.empty_like(value), value.new_empty(*value.shape[:2], 1)
+        for tile, weights, _ in TiledAttention.tiles(query, key):
+            torch.sum(weights, -1, keepdim=True, out=sums[tile])
+            torch.bmm(weights, value[tile], out=output[tile]).div_(sums[tile])
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, output, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: leave that to the plain product
+            plain = torch.bmm((torch.bmm(query, key.transpose(1, 2)) * math.log(2)).softmax(-1), value)
+            return torch.autograd.grad(plain, (query, key, value), grad, create_graph=True)
+        key_t = key.transpose(1, 2).contiguous()
+        grad_query_t, grad_key, grad_value = map(torch.empty_like, (key_t, key, value))
+        slope = grad / sums  # instead of dividing the weights
+        mean = (slope * output).sum(-1).unsqueeze(1)  # (B, 1, n) Σ_j A_ij ∂L/∂A_ij of each row i, over its sum
+        for tile, weights, scratch in TiledAttention.tiles(key, query, dim=1):  # Aᵀ: its products are faster
+            torch.bmm(weights, slope[tile], out=grad_value[tile])
+            torch.bmm(value[tile], slope[tile].transpose(1, 2), out=scratch)  # ∂L/∂Aᵀ over sums
+            scratch.sub_(mean[tile]).mul_(weights)  # ∂L/∂(K Qᵀ) over log 2, the softmax's backward
+            torch.bmm(scratch, query[tile], out=grad_key[tile])
+            torch.bmm(key_t[tile], scratch, out=grad_query_t[tile])
+        return math.log(2) * grad_query_t.transpose(1, 2), math.log(2) * grad_key, grad_value
+
+
 def attention_map(weights: np.ndarray, names: list[str]) -> np.ndarray:
     """Draw A (n, n), row i the attention that entry i pays: white none, grey the uniform 1/n, dark much more."""
     n = len(weights)
@@ -891,6 +896,13 @@ def attention_map(weights: np.ndarray, names: list[str]) -> np.ndarray:
         place = (4, cell + i * cell + cell * 2 // 3)
         cv2.putText(picture, name, place, cv2.FONT_HERSHEY_SIMPLEX, 0.36, (0, 0, 0), 1, cv2.LINE_AA)
     return picture
+
+
+def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights, zero bias: the usual initialisation of PPO."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 # ==================================================================================================
@@ -947,7 +959,7 @@ class Rollout(NamedTuple):
     """T steps of N environments, allocated once. Time runs along dimension 0."""
 
     obs: torch.Tensor  # (T, N, *observation), in the environment's type, channels last in memory
-    actions: torch.Tensor  # (T, N)
+    actions: torch.Tensor  # (T, N), or (T, N, A) if they are vectors
     logprobs: torch.Tensor  # (T, N) under the policy that acted
     rewards: torch.Tensor  # (T, N) as the environment paid them: raw, unless delayed (see Disturbed)
     values: torch.Tensor  # (T, N)
@@ -1044,11 +1056,11 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 # Losses
 # ==================================================================================================
 class Batch(NamedTuple):
-    """Transitions, flat: what the losses need of a rollout. B rows each."""
+    """Transitions, flat: what the losses need of a rollout."""
 
-    obs: torch.Tensor
-    actions: torch.Tensor
-    logprobs: torch.Tensor
+    obs: torch.Tensor  # (B, *observation)
+    actions: torch.Tensor  # (B,) or (B, A)
+    logprobs: torch.Tensor  # (B,), like the rest
     values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
@@ -1160,6 +1172,30 @@ def make_batch(rollout: Rollout, leader: Leader, args: Args) -> Batch:
         advantages = normalise(advantages)
     columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
     return Batch(*(tensor.flatten(0, 1) for tensor in columns))
+
+
+def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
+    """The rewards (T, N) that the advantages are made of."""
+    rewards = rollout.rewards
+    if args.norm_rewards:
+        rewards = leader.normaliser.scale_rewards(rewards, rollout.dones)
+    if args.clip_rewards:
+        rewards = rewards.clamp(-10, 10)
+    if args.perception_cost_in_reward:  # R - λ_c C_θ(s), as in Eq. (13)
+        with torch.no_grad():
+            costs = [perception_cost(leader(obs, cost_rows(args))[1], args.perception_cost) for obs in rollout.obs]
+        rewards = rewards - args.perception_cost_weight * torch.stack(costs)
+    return rewards
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
+    mean, num_processes = x.mean(), processes()[1]
+    average([mean])
+    # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
+    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
+    average([variance])
+    return (x - mean) / (variance.sqrt() + 1e-8)
 
 
 def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimizer, batch: Batch, args: Args):
@@ -1381,33 +1417,9 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
     return minibatch
 
 
-def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tensor:
-    """The rewards (T, N) that the advantages are made of."""
-    rewards = rollout.rewards
-    if args.norm_rewards:
-        rewards = leader.normaliser.scale_rewards(rewards, rollout.dones)
-    if args.clip_rewards:
-        rewards = rewards.clamp(-10, 10)
-    if args.perception_cost_in_reward:  # R - λ_c C_θ(s), as in Eq. (13)
-        with torch.no_grad():
-            costs = [perception_cost(leader(obs, cost_rows(args))[1], args.perception_cost) for obs in rollout.obs]
-        rewards = rewards - args.perception_cost_weight * torch.stack(costs)
-    return rewards
-
-
 def cost_rows(args: Args) -> int:
     """Query rows per layer that the perception cost is computed from; 0 for all."""
     return 0 if args.perception_cost == "concentration" else args.cost_rows
-
-
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
-    mean, num_processes = x.mean(), processes()[1]
-    average([mean])
-    # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
-    variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
-    average([variance])
-    return (x - mean) / (variance.sqrt() + 1e-8)
 
 
 def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module):
@@ -1511,13 +1523,14 @@ def start_run(args: Args) -> Path:
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = gather(Path(args.run_dir or Path("runs") / name))[0]
     if processes()[0] == 0:
+        record = run_record(args)  # before the folder is made: this tries the task out
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
         except (OSError, ValueError) as error:
             fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
-        write_json(run_dir / "args.json", run_record(args))
+        write_json(run_dir / "args.json", record)
     return run_dir
 
 
@@ -1598,7 +1611,7 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
     favour short ones. Leaves the global random state as it was. Returns, ready for JSON, the games' raw
     "returns" and their "lengths" in agent steps, "mean" and "std" of the returns, "greedy", and the "protocol".
     """
-    num_games = args.eval_episodes
+    num_games, protocol = args.eval_episodes, env_protocol(args)
     envs = make_envs(dataclasses.replace(args, num_envs=num_games))
     obs, _ = envs.reset(seed=env_seeds(args.seed, 1, num_envs=num_games))  # stream 1; training is stream 0
     returns, lengths, playing = np.zeros(num_games), np.zeros(num_games, dtype=int), np.ones(num_games, dtype=bool)
@@ -1622,7 +1635,7 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
         "mean": float(returns.mean()),
         "std": float(returns.std()),
         "greedy": args.eval_greedy,
-        "protocol": env_protocol(args),
+        "protocol": protocol,
     }
 
 
@@ -1833,10 +1846,13 @@ def main(args: Args) -> dict:
     set_matmul_precision(args.matmul_precision)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.evaluate:
-        return evaluate_run(args)
-    with StopSignal() as stop:
-        return train(args, stop)
+    try:
+        if args.evaluate:
+            return evaluate_run(args)
+        with StopSignal() as stop:
+            return train(args, stop)
+    except FloatingPointError as error:  # of a game in an evaluation or at a restart; training names the iteration
+        fail(str(error))
 
 
 def train(args: Args, stop: StopSignal) -> dict:
@@ -1934,12 +1950,12 @@ def train(args: Args, stop: StopSignal) -> dict:
                         writer.flush()  # no logged point may be lost that the checkpoint counts as done
                 progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
                 save_checkpoint(run_dir, parts, progress)
+                if stopping or iteration + 1 == num_iterations:
+                    break
                 envs.close()
                 envs = make_envs(my_args)  # as a resumed run has them: in BipedalWalker, traces outlive a reset
                 obs = restart(envs, args, global_step)
                 leader.normaliser.forget_episodes()
-            if stopping:
-                break
     envs.close()
     if dist.is_initialized():
         dist.destroy_process_group()

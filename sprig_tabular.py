@@ -68,7 +68,8 @@ class Args:
     tol: float = 1e-10
     """distance from the fixed point at which the iteration may stop"""
     max_nodes: int = 0
-    """search nodes that a whole-game problem (one θ, one φ) may take (0: 10 000, fewer where states are many)"""
+    """search nodes that a whole-game problem (one θ, one φ) may take (0: 10 000, fewer where states are many,
+    and a quarter of that for one perception alone)"""
     seed: int = 1
     """seed of the random pairs and starts"""
     run_dir: str = ""
@@ -110,7 +111,8 @@ def parse_args() -> Args:
 # ==================================================================================================
 @dataclass(frozen=True, eq=False)
 class TabularMdp:
-    """P (S, A, S): probability of going on from s'; rows sum to 1 minus that of the end. R (S, A): mean reward.
+    """P[s, a, s'] (S, A, S): probability that action a in s leads to s' and the game goes on; what a row lacks to 1 is
+    the probability that it ends. R[s, a] (S, A): mean reward. gamma: discount.
 
     `start` (S,): distribution of the first state, if known. Raises ValueError if the arrays make no discounted MDP.
     """
@@ -174,6 +176,7 @@ class Perceptions(NamedTuple):
 
 
 def with_costs(partitions: dict[str, np.ndarray]) -> Perceptions:
+    """Perceptions from the label of each state (S,), by name; only which labels are equal counts."""
     cells = np.stack([np.unique(labels, return_inverse=True)[1] for labels in partitions.values()])  # (K, S)
     information = np.log(cells.max(1) + 1) / math.log(max(cells.shape[1], 2))
     return Perceptions([*partitions], cells, np.repeat(information[:, None], cells.shape[1], axis=1))
@@ -217,9 +220,10 @@ def make_operator(mdp: TabularMdp, perceptions, costs, lam: float, follower: Fol
     """The map from f (S, A) to each perception's value (K, S, A), whose maximum over k is T_S f.
 
     What does not depend on f is done here, once: only the nonzero entries of P count (Taxi: 3000 of 1.5 million),
-    sorted so that each run of entries is one cell z of one perception, reached from one (s, a).
+    sorted so that each run of entries is one cell z of one perception, reached from one (s, a). Raises ValueError on
+    arrays that do not fit; so does the map on an f that is not finite or not (S, A).
     """
-    num_states, num_actions = mdp.R.shape
+    num_states = len(mdp.R)
     cells, costs = np.asarray(perceptions), np.asarray(costs, dtype=float)
     if cells.ndim != 2 or not cells.size or cells.shape[1] != num_states or costs.shape != cells.shape:
         raise ValueError(f"perceptions and costs must be (K, {num_states}), not {cells.shape} and {costs.shape}")
@@ -265,7 +269,8 @@ def solve(mdp: TabularMdp, perceptions, costs, lam: float, follower: Follower = 
     """Iterate T_S from q (0 if not given). Returns f* (S, A), off by at most `tol`, and each sweep's residual (n,).
 
     Stops when the residual and the a-posteriori bound γ/(1−γ)·‖f_n − f_{n−1}‖ are at most `tol`; or after as many
-    sweeps as Eq. (14) needs for that, when only rounding is left.
+    sweeps as Eq. (14) needs for that, when only rounding is left. Raises ValueError as `make_operator` does, and on a
+    `tol` that is not positive.
     """
     if not tol > 0:
         raise ValueError(f"tol must be positive, not {tol}")
@@ -407,6 +412,7 @@ def error_curve(operator, q: np.ndarray, fixed_point: np.ndarray, floor: float) 
 
 
 def game(P, R, gamma, cells, costs):
+    """(MDP, cells (K, S), costs (K, S)) from cells and one cost per perception."""
     return TabularMdp(P, R, gamma), np.array(cells), np.repeat(np.array(costs, dtype=float)[:, None], len(R), axis=1)
 
 
@@ -425,28 +431,29 @@ def counter_examples() -> dict[str, dict[str, float]]:
     P[0, :, 1] = P[1, :, 0] = 1
     clock = game(P, R, 0.9, [[0, 0]], [0])
 
-    def value(case, lam, follower="cooperative", cells=None):
-        mdp, perceptions, costs = case
-        f, _ = solve(mdp, perceptions if cells is None else cells, costs, lam, follower, tol=1e-12)
-        values = make_operator(mdp, perceptions if cells is None else cells, costs, lam, follower)(f)
-        return float(f[0].max()), int(cheapest_best(values, costs)[0, f[0].argmax()])
+    def value(case, lam, follower="cooperative"):
+        """(f* at the first state under its best action, the perception that wins there)."""
+        mdp, cells, costs = case
+        f, _ = solve(mdp, cells, costs, lam, follower, tol=1e-12)
+        winners = cheapest_best(make_operator(mdp, cells, costs, lam, follower)(f), costs)  # (S, A)
+        return float(f[0].max()), int(winners[0, f[0].argmax()])
 
-    every_state = per_state(fork[1])
+    mdp, cells, costs = fork
     cases = {}
-    (seeing, bought), (free, chosen) = value(fork, 0.1), value(fork, 0.1, cells=every_state)
+    (seeing, bought), (free, chosen) = value(fork, 0.1), value((mdp, per_state(cells), costs), 0.1)
     cases["an action per state: the cheapest perception always wins"] = {
         "T_S, action per cell": seeing,
         "its perception": bought,
         "T_S, action per state": free,
         "its choice": chosen,
-        "what that choice is worth": global_equilibrium(fork[0], fork[1][:1], fork[2][:1], 0.1, 0)[2],
+        "what that choice is worth": global_equilibrium(mdp, cells[:1], costs[:1], 0.1, 0)[2],
     }
     printed, blinding = value(fork, 0.1, "adversarial")
     cases["max-min is not the cooperative equilibrium: the leader blinds its follower"] = {
         "max-max": seeing,
         "max-min": printed,
         "its perception": blinding,
-        "max-min at λ = 0, all seen": value((fork[0], fork[1][1:], fork[2][1:]), 0.0, "adversarial")[0],
+        "max-min at λ = 0, all seen": value((mdp, cells[1:], costs[1:]), 0.0, "adversarial")[0],
     }
     k, _, whole = global_equilibrium(*circuit, 0.1, 0)
     cases["one θ for the whole game is worth less than f*"] = {
@@ -641,13 +648,12 @@ def draw_map(axis, title: str, bought, actions, cells, scene: np.ndarray, shades
     axis.set_title(title, fontsize=11)
     axis.set(xlim=(-0.5, scene.shape[1] - 0.5), ylim=(scene.shape[0] - 0.5, -0.5), aspect="equal")
     axis.set_axis_off()
+    sides, size = np.array([-0.5, 0.5, 0.5, -0.5]), 130 / max(scene.shape)  # size: of the signs, in points
     for (row, column), state in np.ndenumerate(scene):
         colour = "#e4e4e4" if bought[state] < 0 else shades[bought[state]]
-        sides = np.array([-0.5, 0.5, 0.5, -0.5])
         axis.fill(column + sides, row + np.sort(sides), color=colour)
         if bought[state] >= 0:
             ink = "black" if np.dot(colour[:3], (0.3, 0.6, 0.1)) > 0.5 else "white"
-            size = 130 / max(scene.shape)
             axis.text(column, row, signs[actions[state]], color=ink, ha="center", va="center", fontsize=size)
         if column and cells[scene[row, column - 1]] != cells[state]:
             axis.plot([column - 0.5] * 2, [row - 0.5, row + 0.5], color="white", lw=2)

@@ -10,6 +10,7 @@ Below: the probability of each action, or the mean of each entry of the action; 
 run has no attention to show.
 """
 
+import ctypes.util
 import dataclasses
 import importlib
 import json
@@ -53,10 +54,10 @@ class Moment(NamedTuple):
     """What one picture shows."""
 
     pictures: list[tuple[str, np.ndarray]]  # title and RGB image (H, W, 3) uint8, of one height
-    actions: list[tuple[str, float, str]]  # name, height of its bar in [-1, 1], what to write below
+    actions: list[tuple[str, float, str]]  # name; its probability, or mean as a share of its bound; the same as text
     signed: bool  # whether bars go down as well
-    value: float
-    score: float
+    value: float  # V of what is seen
+    score: float  # sum of the raw rewards so far, this step's included
 
 
 def load_run(run: Path):
@@ -67,7 +68,9 @@ def load_run(run: Path):
         raise SystemExit(f"error: {run} is not the folder of a run: {error}") from None
     if name not in SCRIPTS:
         raise SystemExit(f"error: {run} is a run of {name}, which cannot be watched; {', '.join(SCRIPTS)} can")
-    os.environ.setdefault("MUJOCO_GL", "glfw" if "DISPLAY" in os.environ else "egl")  # read when MuJoCo is imported
+    if sys.platform == "linux":  # read when MuJoCo is imported; elsewhere its own choice is right
+        without_display = "egl" if ctypes.util.find_library("EGL") else "disable"  # disable: grey pictures
+        os.environ.setdefault("MUJOCO_GL", "glfw" if "DISPLAY" in os.environ else without_display)
     script = importlib.import_module(Path(name).stem)
     args = dataclasses.replace(script.read_args(run), num_envs=1, reward_delay=1)  # the score as it comes
     envs = script.make_envs(args, **({} if "atari" in name else {"render_mode": "rgb_array"}))
@@ -79,7 +82,7 @@ def load_run(run: Path):
 
 
 def play(script, run_args, leader, follower, envs, args: Args):
-    """Yields the `Moment` before each step of one game."""
+    """Yields a `Moment` for each step of one game: what the agent saw, and the score after its action."""
     torch.manual_seed(args.seed)
     obs, _ = envs.reset(seed=script.env_seeds(args.seed, 2, num_envs=1))  # stream 2: not training, not evaluation
     view = AtariView(script, envs) if "atari" in script.__name__ else VectorView(script, envs, run_args)
@@ -91,9 +94,9 @@ def play(script, run_args, leader, follower, envs, args: Args):
             policy = script.action_distribution(logits)
             action = policy.mode if args.greedy else script.sample(policy)
             pictures = view.pictures(seen, leader)
-        yield Moment(pictures, view.actions(policy), not hasattr(policy, "probs"), value.item(), score)
         obs, rewards, _, _, info = envs.step(action.numpy())
         score += float(rewards[0])
+        yield Moment(pictures, view.actions(policy), not hasattr(policy, "probs"), value.item(), score)
         if "_episode" in info:
             return
 
@@ -122,16 +125,16 @@ class VectorView:
     """The rendered environment, and beside it which entry attends to which."""
 
     def __init__(self, script, envs, args):
-        self.script, self.envs, self.names = script, envs, script.observation_names(args)
+        self.attention_map = getattr(script, "attention_map", None)  # PPO's twin has none
+        self.envs, self.names = envs, script.observation_names(args)
         self.can_render = True
 
     def pictures(self, obs: torch.Tensor, leader) -> list[tuple[str, np.ndarray]]:
         pictures = [("environment", self.render())]
-        if leader.attention_received(obs):
-            for layer, weights in enumerate(leader(obs, num_rows=0)[1]):
-                names = self.names if layer == 0 else [""] * len(self.names)
-                picture = self.script.attention_map(weights[0].numpy(), names)
-                pictures.append((f"layer {layer + 1}", to_height(picture)))
+        maps = leader(obs, num_rows=0)[1] if self.attention_map else []  # K of (1, n, n)
+        for layer, weights in enumerate(maps):
+            names = self.names if layer == 0 else [""] * len(self.names)  # written once
+            pictures.append((f"layer {layer + 1}", to_height(self.attention_map(weights[0].numpy(), names))))
         return pictures
 
     def render(self) -> np.ndarray:
@@ -184,7 +187,7 @@ def draw(moment: Moment) -> np.ndarray:
 
 
 def contact_sheet(pictures: list[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures in rows, at half size; the last row is filled with black."""
+    """Pictures (H, W, 3) of one size in rows, at half size; the last row is filled with black."""
     small = [cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for picture in pictures]
     small += [np.zeros_like(small[0])] * (-len(small) % columns)
     return np.vstack([np.hstack(small[i : i + columns]) for i in range(0, len(small), columns)])
@@ -205,8 +208,8 @@ def main(args: Args) -> tuple[Path, Path]:
     except OSError as error:
         raise SystemExit(f"error: --output {output} cannot be written: {error.strerror}") from None
     video_path, sheet_path = output / "watch.mp4", output / "watch.png"
-    video, kept, stride, steps = None, [], 1, 0
-    for moment in play(script, run_args, leader, follower, envs, args):
+    video, kept, stride = None, [], 1
+    for step, moment in enumerate(play(script, run_args, leader, follower, envs, args)):
         picture = draw(moment)
         if video is None:
             size = (picture.shape[1], picture.shape[0])
@@ -214,21 +217,23 @@ def main(args: Args) -> tuple[Path, Path]:
             if not video.isOpened():
                 raise SystemExit(f"error: {video_path} cannot be written")
         video.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-        if steps % stride == 0:  # for the sheet: evenly spaced, however long the game will be
+        if step % stride == 0:  # for the sheet: evenly spaced, however long the game will be
             kept.append(picture)
         if len(kept) > 4 * args.sheet:
-            kept, stride = kept[::2], 2 * stride
-        steps += 1
+            kept, stride = kept[::2], 2 * stride  # those at multiples of the new stride
     video.release()
     envs.close()
     chosen = np.linspace(0, len(kept) - 1, min(args.sheet, len(kept))).round().astype(int)
     sheet = contact_sheet([kept[i] for i in chosen], columns=2 if kept[0].shape[1] > 1000 else 4)
     if not cv2.imwrite(str(sheet_path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR)):
         raise SystemExit(f"error: {sheet_path} cannot be written")
-    print(f"{steps} steps in {video_path}, contact sheet in {sheet_path}")
+    print(f"{step + 1} steps in {video_path}, contact sheet in {sheet_path}")
     return video_path, sheet_path
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        raise SystemExit("error: interrupted; the video is cut short and has no contact sheet") from None
