@@ -233,15 +233,26 @@ def test_a_saved_argument_of_another_type_is_named(script, saved, name, value):
         script.read_args(saved)
 
 
-def test_a_run_of_another_folder_name_is_evaluated_and_interrupted_with_one_line(saved, script, tmp_path):
+def test_a_run_that_was_moved_is_evaluated(saved, script, tmp_path):
     moved = saved.rename(tmp_path / "moved here")
     args = script.dataclasses.replace(script.read_args(moved), evaluate=str(moved), run_dir="")
     assert len(script.main(args)["returns"]) == 2
-    process = start(script.__name__, evaluate=moved, eval_episodes=100)
-    time.sleep(4)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and errors == "error: interrupted; nothing was saved\n" and not output
+
+
+INTERRUPTED = """
+import runpy, signal, sys, torch
+torch.random.fork_rng = lambda **options: signal.raise_signal(signal.SIGINT)  # as the first game begins
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_interrupted_evaluation_ends_with_one_line(saved, script):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    command = [sys.executable, "-c", INTERRUPTED, str(ROOT / f"{script.__name__}.py"), f"--evaluate={saved}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stderr == "error: interrupted; nothing was saved\n", result.stderr
+    assert not result.stdout and {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
 def test_no_file_is_moved_if_the_new_one_cannot_be_written(script, saved, monkeypatch):
