@@ -241,6 +241,7 @@ def test_a_run_that_was_moved_is_evaluated(saved, script, tmp_path):
 
 INTERRUPTED = """
 import runpy, signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers hand on that it is ignored
 torch.random.fork_rng = lambda **options: signal.raise_signal(signal.SIGINT)  # as the first game begins
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
