@@ -260,9 +260,12 @@ def set_matmul_precision(precision: str) -> None:
 
 
 def prepare_compiler() -> None:
-    """Stop `torch.compile` from warning of what is intended, and from freeing what a second backward needs."""
+    """Let `torch.compile` trace derivatives, not warn of what is intended, nor free what a second backward needs."""
+    from torch._dynamo import config as tracing
     from torch._functorch import config
 
+    if hasattr(tracing, "trace_autograd_ops"):  # older versions cut the step at each derivative
+        tracing.trace_autograd_ops = True
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
     logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)  # the optimizer's profiling
     config.donated_buffer = False
@@ -730,7 +733,7 @@ def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch
     parameters = [parameter for player in (leader, follower) for parameter in named_parameters(player).values()]
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     optimizers, players = [leader_optimizer, follower_optimizer], {"leader": leader, "follower": follower}
-    info["losses/grad_norm"] = descend(optimizers, loss, gradients, args.max_grad_norm, **players)
+    info["losses/grad_norm"] = descend(optimizers, loss.detach(), gradients, args.max_grad_norm, **players)
     return info
 
 
@@ -745,12 +748,13 @@ def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor],
     """One step of the players down their `gradients`, averaged over processes and clipped to the norm `max_norm`.
 
     Returns the norm before clipping. Raises FloatingPointError, naming the first tensor that is not finite,
-    before any harm is done; on a GPU, where a check means waiting, `mean_info` makes it after the epochs.
+    before any harm is done; on a GPU, where a check means waiting, and compiled, `mean_info` makes it after the epochs.
     """
     gradient = flatten(gradients)
     average([gradient])
     norm = gradient.square().sum().sqrt()  # norm() of a million float32 is off by 1e-4 on a CPU
-    if gradient.device.type == "cpu" and not (loss + norm).isfinite():
+    checked = gradient.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked and not (loss + norm).isfinite():
         parameters = {f"{role}.{n}": p for role, player in players.items() for n, p in named_parameters(player).items()}
         require_finite({f"the parameter {name}": parameter for name, parameter in parameters.items()})
         require_finite({f"the gradient of {name}": piece for name, piece in zip(parameters, gradients)})
@@ -759,9 +763,14 @@ def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor],
     moved = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
     for vector, piece in zip(moved, gradient.split([vector.numel() for vector in moved])):
         vector.grad = piece.view_as(vector)
+    take_steps(optimizers)
+    return norm
+
+
+def take_steps(optimizers: list) -> None:
+    """By itself because `torch.compile` leaves a function uncompiled if a loop in it calls what cannot be traced."""
     for optimizer in optimizers:
         optimizer.step()
-    return norm
 
 
 def require_finite(tensors: dict[str, torch.Tensor]) -> None:
@@ -787,7 +796,7 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     table = torch.stack([torch.stack(list(info.values())) for info in history])
     average([table])
     means = dict(zip(history[0], table.mean(0).tolist()))
-    for name, mean in means.items():  # what a GPU is not asked at each step (see descend)
+    for name, mean in means.items():  # what is not asked at each step (see descend)
         if name.endswith(("loss", "grad_norm")) and not np.isfinite(mean):
             raise FloatingPointError(f"{name} is not finite")
     return means
@@ -796,7 +805,10 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
     """Adam over one vector: one operation, not one per tensor, which small networks would spend much of a step on."""
     rate = args.learning_rate
-    return torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
+    adam = torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
+    if args.compile:  # one operation, which would be cut into several
+        adam.step = torch.compiler.disable(adam.step)
+    return adam
 
 
 def one_vector(module: nn.Module) -> list[nn.Parameter]:

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,42 @@ def test_no_gradient_step_asks_the_device_for_a_number(script, settings, monkeyp
     minibatch = script.select_minibatch(batch, torch.arange(64, device="meta"), args)
     info = step_of(script, args)(*players, minibatch, args)
     assert {value.device.type for value in info.values()} == {"meta"}
+
+
+STEPS = [("ppo_atari_baseline", "joint"), ("ppo_continuous_baseline", "joint")]
+STEPS += [(name, kind) for name in ("sprig_atari", "sprig_continuous") for kind in ("stackelberg", "simultaneous")]
+
+
+@pytest.mark.parametrize("name, kind", STEPS)
+def test_compile_cuts_a_step_only_where_an_optimizer_takes_its_own(name, kind, monkeypatch):
+    """And at a process's first KL, for which PyTorch looks up the formula. The graphs are traced and run as they are.
+
+    On frames with the plain product for attention, which can be traced like a GPU's kernel, and unlike the CPU's tiles.
+    """
+    script = SCRIPTS[name]
+    script.prepare_compiler()
+    args = script.Args(**known(script, {"update": kind}), compile=True)
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this PyTorch cuts at each derivative, too")
+    if name == "sprig_atari":
+        monkeypatch.setattr(script, "attend", functools.partial(script.attend, fused=False))
+    if name in TWINS:
+        leader, follower, *optimizers = build(script, args)
+        batch = random_batch(script, leader, follower, 8)
+    else:
+        leader = script.Leader(gym.spaces.Box(-np.inf, np.inf, (5,)), args)
+        follower = script.Follower(leader.num_features, gym.spaces.Box(-1, 1, (2,)))
+        optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
+        batch = script.Batch(torch.randn(8, 5), torch.randn(8, 2), *torch.randn(4, 8))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(step_of(script, args), backend="eager")
+    for _ in range(3):  # the first traces, the others must fit
+        step(leader, follower, *optimizers, batch, args)
+    cuts = [reason.splitlines()[0] for reason in torch._dynamo.utils.counters["graph_break"]]
+    assert "Skip calling `torch.compiler.disable()`d function" in cuts
+    assert set(cuts) <= {"Skip calling `torch.compiler.disable()`d function", "Failed to trace builtin operator"}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
