@@ -159,6 +159,9 @@ class Args:
     """start no further epoch once an epoch's mean approximate KL exceeds this"""
 
 
+DEFAULT_THREADS = torch.get_num_threads()  # as many as there are cores, or as OMP_NUM_THREADS says
+
+
 def fail(message: str):
     """A user's mistake: one line on stderr (of each process that finds it), exit code 1, no traceback."""
     rank = int(os.environ.get("RANK", 0))  # torchrun's
@@ -385,8 +388,11 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             import mujoco
 
             mujoco.set_mju_user_warning(pass_on_warning)  # instead of into a file in the current folder
-        rendered = {"render_mode": render_mode} if render_mode else {}  # some constructors have no such argument
-        env = gym.make(name, max_episode_steps=args.max_episode_steps or None, **rendered)
+        options = {"max_episode_steps": args.max_episode_steps or None}
+        try:
+            env = gym.make(name, **options, **({"render_mode": render_mode} if render_mode else {}))
+        except TypeError:  # some constructors have no such argument
+            env = gym.make(name, **options)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         package = next((EXTRAS[module] for module in EXTRAS if family.startswith(module)), None)
         mend = f"pip install {package}" if package else one_line(error)
@@ -401,7 +407,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     observations, actions = env.observation_space, env.action_space
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1 or not observations.shape[0]:
         fail(f"--env-id {args.env_id} shows {observations}, not a vector; for Atari there is sprig_atari.py")
-    vector = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"
+    shape = actions.shape if isinstance(actions, gym.spaces.Box) else ()
+    vector = len(shape) == 1 and shape[0] > 0 and actions.dtype.kind == "f"
     if not vector and (not isinstance(actions, gym.spaces.Discrete) or actions.start):
         fail(f"--env-id {args.env_id} takes actions from {actions}; only real vectors and discrete ones from 0 will do")
     return Plain(env)
@@ -1002,17 +1009,29 @@ def start_run(args: Args) -> Path:
         refuse_changes(Path(args.resume), args)
         return Path(args.resume)
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = gather(Path(args.run_dir or Path("runs") / name))[0]
+    run_dir = Path(args.run_dir or Path("runs") / name)
     if processes()[0] == 0:
         record = run_record(args)  # before the folder is made: this tries the task out
         try:
+            if not args.run_dir:
+                run_dir = make_folder(run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
         except (OSError, ValueError) as error:
             fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
         write_json(run_dir / "args.json", record)
-    return run_dir
+    return gather(run_dir)[0]
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder of that name, or, if there is one (of a run started in the same second), with -1, -2, ... added."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        folder = path.with_name(f"{path.name}-{number}") if number else path
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
@@ -1179,11 +1198,11 @@ def write_state(path: Path, state: dict) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """Newest first."""
-    files = [path for path in run_dir.glob("checkpoint-*.pt") if path.is_file()]
-    found = [path for path in files if path.stem.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")), reverse=True)
+def checkpoint_paths(run_dir: Path, before: float = np.inf) -> list[Path]:
+    """Those of steps less than `before`, newest first."""
+    names = {path: path.stem.removeprefix("checkpoint-") for path in run_dir.glob("checkpoint-*.pt") if path.is_file()}
+    steps = {path: int(step) for path, step in names.items() if step.isdecimal() and int(step) < before}
+    return sorted(steps, key=steps.get, reverse=True)
 
 
 def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
@@ -1197,7 +1216,8 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": gpu})
     if processes()[0] == 0:
         write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
-        for path in checkpoint_paths(run_dir)[2:]:
+        # Not counting those of later steps: they could not be read, or this run would have gone on from there.
+        for path in checkpoint_paths(run_dir, before=progress["global_step"])[1:]:
             path.unlink()
 
 
@@ -1325,8 +1345,7 @@ def main(args: Args) -> dict:
     """Train, evaluate, save. Returns the evaluation (empty with `--eval-episodes 0`)."""
     args = check_args(args)
     set_matmul_precision(args.matmul_precision)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or DEFAULT_THREADS)
     try:
         if args.evaluate:
             return evaluate_run(args)
@@ -1402,7 +1421,8 @@ def train(args: Args, stop: StopSignal) -> dict:
                 metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
                 leader.normaliser.observe(batch.obs)
             except FloatingPointError as error:
-                fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {checkpoint_paths(run_dir)[0]}")
+                last = run_dir / f"checkpoint-{progress['global_step']}.pt"
+                fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {last}")
 
             global_step += rollout_size
             games = sorted(game for mine in gather(games) for game in mine)
@@ -1468,6 +1488,9 @@ def train(args: Args, stop: StopSignal) -> dict:
 def parse_args() -> Args:
     """The command line; with --resume or --evaluate, the arguments of that run are the defaults."""
     args = tyro.cli(Args, description=__doc__)
+    for flag, run in (("--resume", args.resume), ("--evaluate", args.evaluate)):
+        if not run and any(word.partition("=")[0] == flag for word in sys.argv[1:]):  # a script's unset variable?
+            fail(f"{flag} needs the folder of a run, not an empty name")
     if run := args.resume or args.evaluate:
         default = dataclasses.replace(read_args(Path(run)), resume=args.resume, evaluate=args.evaluate)
         args = tyro.cli(Args, description=__doc__, default=default)

@@ -211,6 +211,9 @@ PAPER_LITERAL = {
 }
 
 
+DEFAULT_THREADS = torch.get_num_threads()  # as many as there are cores, or as OMP_NUM_THREADS says
+
+
 def fail(message: str):
     """A user's mistake: one line on stderr (of each process that finds it), exit code 1, no traceback."""
     rank = int(os.environ.get("RANK", 0))  # torchrun's
@@ -1361,17 +1364,29 @@ def start_run(args: Args) -> Path:
         refuse_changes(Path(args.resume), args)
         return Path(args.resume)
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = gather(Path(args.run_dir or Path("runs") / name))[0]
+    run_dir = Path(args.run_dir or Path("runs") / name)
     if processes()[0] == 0:
         record = run_record(args)  # before the folder is made: this tries the task out
         try:
+            if not args.run_dir:
+                run_dir = make_folder(run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(run_dir.iterdir()):
                 fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
         except (OSError, ValueError) as error:
             fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
         write_json(run_dir / "args.json", record)
-    return run_dir
+    return gather(run_dir)[0]
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder of that name, or, if there is one (of a run started in the same second), with -1, -2, ... added."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        folder = path.with_name(f"{path.name}-{number}") if number else path
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
@@ -1538,11 +1553,11 @@ def write_state(path: Path, state: dict) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """Newest first."""
-    files = [path for path in run_dir.glob("checkpoint-*.pt") if path.is_file()]
-    found = [path for path in files if path.stem.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")), reverse=True)
+def checkpoint_paths(run_dir: Path, before: float = np.inf) -> list[Path]:
+    """Those of steps less than `before`, newest first."""
+    names = {path: path.stem.removeprefix("checkpoint-") for path in run_dir.glob("checkpoint-*.pt") if path.is_file()}
+    steps = {path: int(step) for path, step in names.items() if step.isdecimal() and int(step) < before}
+    return sorted(steps, key=steps.get, reverse=True)
 
 
 def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
@@ -1556,7 +1571,8 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": gpu})
     if processes()[0] == 0:
         write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
-        for path in checkpoint_paths(run_dir)[2:]:
+        # Not counting those of later steps: they could not be read, or this run would have gone on from there.
+        for path in checkpoint_paths(run_dir, before=progress["global_step"])[1:]:
             path.unlink()
 
 
@@ -1684,8 +1700,7 @@ def main(args: Args) -> dict:
     """Train, evaluate, save. Returns the evaluation (empty with `--eval-episodes 0`)."""
     args = check_args(args)
     set_matmul_precision(args.matmul_precision)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or DEFAULT_THREADS)
     try:
         if args.evaluate:
             return evaluate_run(args)
@@ -1759,7 +1774,8 @@ def train(args: Args, stop: StopSignal) -> dict:
                 batch = make_batch(rollout, leader, args)
                 metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
             except FloatingPointError as error:
-                fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {checkpoint_paths(run_dir)[0]}")
+                last = run_dir / f"checkpoint-{progress['global_step']}.pt"
+                fail(f"iteration {iteration + 1}: {error}; the last good checkpoint is {last}")
 
             global_step += rollout_size
             games = sorted(game for mine in gather(games) for game in mine)
@@ -1824,6 +1840,9 @@ def train(args: Args, stop: StopSignal) -> dict:
 def parse_args() -> Args:
     """The command line; with --resume or --evaluate, the arguments of that run are the defaults."""
     args = tyro.cli(Args, description=__doc__)
+    for flag, run in (("--resume", args.resume), ("--evaluate", args.evaluate)):
+        if not run and any(word.partition("=")[0] == flag for word in sys.argv[1:]):  # a script's unset variable?
+            fail(f"{flag} needs the folder of a run, not an empty name")
     if run := args.resume or args.evaluate:
         default = dataclasses.replace(read_args(Path(run)), resume=args.resume, evaluate=args.evaluate)
         args = tyro.cli(Args, description=__doc__, default=default)

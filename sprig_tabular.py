@@ -19,8 +19,10 @@ the transition table of a Gymnasium toy-text environment. docs/paper.md, "The St
 theorem, its proof, and the claims that fail.
 """
 
+import contextlib
 import dataclasses
 import heapq
+import itertools
 import json
 import math
 import sys
@@ -670,6 +672,8 @@ def start_run(args: Args) -> Path:
     name = f"{args.env_id.replace('/', '_')}__sprig_tabular__{args.seed}__{stamp}"
     run_dir = Path(args.run_dir or f"runs/{name}")
     try:
+        if not args.run_dir:
+            run_dir = make_folder(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(run_dir.iterdir()):
             fail(f"--run-dir {run_dir} is not empty; nothing was changed")
@@ -679,6 +683,16 @@ def start_run(args: Args) -> Path:
     except OSError as error:
         fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
     return run_dir
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder of that name, or, if there is one (of a run started in the same second), with -1, -2, ... added."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        folder = path.with_name(f"{path.name}-{number}") if number else path
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def main(args: Args) -> dict:

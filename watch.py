@@ -140,7 +140,9 @@ class VectorView:
     def render(self) -> np.ndarray:
         if self.can_render:
             try:
-                return to_height(self.envs.render()[0])
+                picture = np.asarray(self.envs.render()[0])
+                picture = np.stack([picture] * 3, -1) if picture.ndim == 2 else picture  # grey
+                return to_height(np.ascontiguousarray(picture[..., :3]))  # without alpha
             except Exception as error:  # of any graphics library
                 print(f"warning: the environment cannot be rendered: {error}", file=sys.stderr)
                 self.can_render = False

@@ -131,20 +131,24 @@ def main(args: Args) -> None:
     """Export each of `args.runs`. Nothing is overwritten: a result that is there already ends the program."""
     if not re.fullmatch(r"[a-z0-9-]+", args.arm):
         fail(f"--arm {args.arm} is not a label of a matrix: small letters, digits and hyphens")
-    if Path(args.matrix).name != args.matrix:
-        fail(f"--matrix {args.matrix} is not the name of a matrix")
+    if not re.fullmatch(r"[a-z0-9-]+", args.matrix):
+        fail(f"--matrix {args.matrix} is not the name of a matrix: small letters, digits and hyphens")
     paths = {}
     for run in args.runs:
         try:
             arguments = json.loads((run / "args.json").read_text())["arguments"]
-            path = result_path(args.results, args.matrix, arguments["env_id"], args.arm, arguments["seed"])
-        except (OSError, ValueError, KeyError) as error:
+            task, seed = str(arguments["env_id"]), int(arguments["seed"])
+            path = result_path(args.results, args.matrix, task, args.arm, seed)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"{run} is not the folder of a run: args.json: {error}")
         if path.exists() or path in paths:
             fail(f"{path} is there already; {run} would replace it")
         paths[path] = run
     for path, run in paths.items():
-        record, seconds = export(run, path)
+        try:
+            record, seconds = export(run, path)
+        except (OSError, ValueError, KeyError) as error:
+            fail(f"{run} cannot be exported: {error!r}")
         print(f"{path}: {record['trained_steps']} steps in {seconds:.0f} s")
 
 

@@ -20,11 +20,15 @@ The same for every matrix:
 - Arms are judged by the final score. The mean over training, tested apart, is for tasks that have a highest return.
 - Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own. An arm
   with `beginning_of` is made of the longer runs of that matrix, cut at this one's steps, and has no evaluation.
-- Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and 95 % intervals by
-  bootstrap over seeds; from 5 on, tests as well, two-sided, corrected after Holm over the arms of a task.
-- Across tasks (Agarwal et al. 2021, arXiv 2108.13264): rliable's interquartile mean and stratified bootstrap over the
-  seeds that an arm has on every task compared. Scores are scaled so that 1 is the reference's mean on the task and 0 a
-  random agent's where it is known, else a return of 0; the reference's mean is drawn anew in every resample.
+- Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and nominal 95 % intervals
+  by bootstrap over seeds; from 5 on, tests as well, two-sided, corrected after Holm over the arms of a task.
+- A bootstrap of so few seeds makes its intervals too narrow: of normal scores, one for a mean holds the truth in some
+  75 % of cases with 3 seeds and 85 % with 5, one for the interquartile mean over tasks in some 90 %
+  (tests/test_plot.py). Welch's interval and that of Hedges' g (noncentral t) are not by bootstrap.
+- Across tasks (Agarwal et al. 2021, arXiv 2108.13264): rliable's interquartile mean, probability of improvement and
+  stratified bootstrap, over the seeds that an arm has on every task compared. Scores are scaled so that 1 is the
+  reference's mean on the task and 0 a random agent's where it is known, else a return of 0; the reference's mean is
+  drawn anew in every resample.
 """
 
 import csv
@@ -49,19 +53,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 from PIL import Image
-from rliable import library
-from scipy import stats
+from scipy import optimize, stats
 
 POINTS = 100  # of a curve
 WINDOW = 0.1  # fraction of a run's steps whose games make a point; the last point is the final score
 FEW, TESTABLE = 3, 5  # seeds from which on there are intervals, and tests
 MANY = 12  # arms whose curves would hide each other: each gets a row instead
-RESAMPLES = 2000
+RESAMPLES = 20_000  # with 2000 the ends of a wide interval hang on the random numbers
 SCORES = {"final": "final return", "area": "mean over training"}  # a run's, and what the tables call them
 COLUMNS = ("agent_steps", "seconds", "episodic_return")
 RANDOM = {"BeamRiderNoFrameskip-v4": 363.9}  # a random agent's return (Mnih et al. 2015)
 PUBLISHED = {  # of PPO: what it is, and each source's return
-    "BeamRiderNoFrameskip-v4": ("10M steps", {"PPO paper": 1590, "CleanRL": 1916, "baselines": 2643}),
+    "BeamRiderNoFrameskip-v4": ("10M steps", {"PPO paper": 1590, "CleanRL": 1916, "baselines": 2643, "rl-zoo3": 3397}),
     "HalfCheetah-v5": ("1M steps, v4", {"CleanRL": 1442}),
     "Hopper-v5": ("1M steps, v4", {"CleanRL": 2382}),
     "Walker2d-v5": ("1M steps, v4", {"CleanRL": 2287}),
@@ -179,7 +182,7 @@ def read_runs(folder: Path, matrix: Matrix) -> tuple[dict[str, dict[tuple[int, s
             if not path.with_suffix(".csv.gz").exists():
                 fail(f"{path.with_suffix('.csv.gz')} is missing; benchmark/collect.py writes it beside the .json")
         for run in map(read_run, folder.joinpath(task).glob("*.csv.gz")):
-            if run.arm in matrix.titles and run.arm not in matrix.origins:
+            if run.arm in matrix.titles and run.arm not in matrix.origins and run.seed in matrix.seeds:
                 groups.setdefault((run.steps, run.arm), []).append(run)
             else:
                 others.append(run)
@@ -215,12 +218,29 @@ def mean_difference(x: np.ndarray, reference: np.ndarray, axis: int = -1) -> np.
     return x.mean(axis) - reference.mean(axis)
 
 
-def hedges(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def hedges(x: np.ndarray, reference: np.ndarray) -> float:
     """Difference of means over the pooled standard deviation, with Hedges' correction for few samples."""
     n, m = x.shape[-1], reference.shape[-1]
     pooled = np.sqrt(((n - 1) * x.var(-1, ddof=1) + (m - 1) * reference.var(-1, ddof=1)) / (n + m - 2))
-    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may be constant
-        return (1 - 3 / (4 * (n + m) - 9)) * mean_difference(x, reference) / pooled
+    return (1 - 3 / (4 * (n + m) - 9)) * mean_difference(x, reference) / pooled
+
+
+def hedges_interval(x: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """95 % interval of `hedges`, for normal samples of equal variance, by noncentral t (Hedges and Olkin 1985).
+
+    The ends are the effects under which t would be no larger in 97.5 % and in 2.5 % of cases: SciPy's noncentral t
+    fails far out, so its distribution is added up over 2000 quantiles of the pooled standard deviation.
+    """
+    n, m = len(x), len(reference)
+    g_per_t = (1 - 3 / (4 * (n + m) - 9)) * np.sqrt(1 / n + 1 / m)
+    t = hedges(x, reference) / g_per_t
+    spread = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n + m - 2) / (n + m - 2))
+    reach = 10 + 4 * abs(t)
+    low, high = (
+        optimize.brentq(lambda shift, share=share: stats.norm.cdf(t * spread - shift).mean() - share, -reach, reach)
+        for share in (0.975, 0.025)
+    )
+    return low * g_per_t, high * g_per_t
 
 
 def permutation_test(x: np.ndarray, reference: np.ndarray) -> float:
@@ -238,29 +258,31 @@ def holm(p: list[float]) -> np.ndarray:
 
 
 def relative_iqm(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Scores (seeds, tasks), 0 at the zero of each task -> (1,): interquartile mean of x over the reference's mean.
+    """Interquartile mean (...) of x over the reference's mean; scores (..., seeds, tasks), 0 at the zero of each task.
 
-    rliable's aggregate_iqm spends most of its time in SciPy's checks, too much for a bootstrap, like its probability
-    of improvement below (tests/test_plot.py: equal).
+    Like the two below it is rliable's, for all resamples at once (tests/test_plot.py compares).
     """
-    scores = np.sort(x / reference.mean(0), axis=None)
-    quarter = len(scores) // 4
-    return scores[quarter : len(scores) - quarter].mean(keepdims=True)
+    relative = x / reference.mean(-2, keepdims=True)
+    scores = np.sort(relative.reshape(*relative.shape[:-2], -1))
+    quarter = scores.shape[-1] // 4
+    return scores[..., quarter : scores.shape[-1] - quarter].mean(-1)
 
 
 def improvement(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """(1,): rliable's probability_of_improvement, P(x > reference) + P(equal) / 2 of two seeds, mean over tasks."""
-    pairs = x[:, None] - reference  # (seeds, seeds, tasks)
-    return np.array([np.mean((pairs > 0) + 0.5 * (pairs == 0))])
+    """(...): probability of improvement, P(x > reference) + P(equal) / 2 of two seeds, mean over tasks."""
+    pairs = x[..., :, None, :] - reference[..., None, :, :]  # (..., seeds, seeds, tasks)
+    return ((pairs > 0) + 0.5 * (pairs == 0)).mean((-3, -2, -1))
 
 
 def across_tasks(x: np.ndarray, reference: np.ndarray, statistic: Callable) -> tuple[float, float, float]:
-    """Estimate and the ends of rliable's 95 % stratified bootstrap interval; x and reference (seeds, tasks)."""
-    state = np.random.get_state()  # noqa: NPY002 - rliable draws from the global generator, whatever random_state says
-    np.random.seed(0)  # noqa: NPY002
-    estimates, intervals = library.get_interval_estimates({"": [x, reference]}, statistic, reps=RESAMPLES)
-    np.random.set_state(state)  # noqa: NPY002
-    return float(estimates[""][0]), *map(float, intervals[""][:, 0])
+    """Estimate and the ends of its 95 % interval by stratified bootstrap: in each task of (seeds, tasks) seeds anew."""
+    rng = np.random.default_rng(0)
+    draws = [
+        scores[rng.integers(len(scores), size=(RESAMPLES, *scores.shape)), np.arange(scores.shape[1])]
+        for scores in (x, reference)
+    ]
+    low, high = np.quantile(statistic(*draws), [0.025, 0.975])
+    return float(statistic(x, reference)), float(low), float(high)
 
 
 # ---------------------------------------------------------------- tables
@@ -308,7 +330,7 @@ def scores_table(matrix: Matrix, runs: dict, others: list[Run]) -> str:
         notes.append(f"Beginnings of the longer runs of the matrix {origin}: {arms}.")
     if others:
         listed = (f"{run.arm} seed {run.seed} ({run.steps:,} steps)" for run in others)
-        notes.append(f"In the same folder, of arms that are not part of the matrix: {', '.join(listed)}.")
+        notes.append(f"In the same folder, but not part of the matrix: {', '.join(listed)}.")
     return f"{render(head, rows)}\n\n{' '.join(notes)}"
 
 
@@ -339,7 +361,7 @@ def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
                 if np.ptp(x) + np.ptp(base) > 0:  # a task with a highest return may be solved by every seed of both
                     welch = stats.ttest_ind(x, base, equal_var=False)
                     row[5] += " [{}, {}]".format(*map(number, welch.confidence_interval()))
-                    low, high = interval(hedges, x, base)
+                    low, high = hedges_interval(x, base)
                     row[6:8] = f"{hedges(x, base):.2f} [{low:.2f}, {high:.2f}]", welch.pvalue
                 tested.append(row)
             rows.append(row)
@@ -377,7 +399,7 @@ def aggregate(matrix: Matrix, runs: dict, score: str) -> tuple[list[list], list[
         row = [matrix.titles[arm], ", ".join(scores), f"{len(x)} and {len(base)}"]
         for statistic in (relative_iqm, improvement):
             if min(len(x), len(base)) < FEW:
-                row.append(f"{statistic(x, base)[0]:.2f} (too few seeds for an interval)")
+                row.append(f"{statistic(x, base):.2f} (too few seeds for an interval)")
             else:
                 row.append("{:.2f} [{:.2f}, {:.2f}]".format(*across_tasks(x, base, statistic)))
         rows.append(row)
@@ -398,7 +420,9 @@ def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
         zeros = [f"{task} {RANDOM[task]}" for task in runs if task in RANDOM]
         zero = f"a random agent's ({', '.join(zeros)})" if zeros else "a return of 0"
         text += f"\n\nAcross tasks, a score of 1 is {reference}'s mean and 0 is {zero}:\n\n{render(head, rows)}"
-    text += f"\n\nIn brackets 95 % intervals; p-values are corrected after Holm; tests from {TESTABLE} seeds on."
+    text += (
+        f"\n\nIn brackets nominal 95 % intervals; p-values are corrected after Holm; tests from {TESTABLE} seeds on."
+    )
     if max(map(min, seeds)) >= TESTABLE:
         n, m = max(seeds, key=min)
         floor = 2 / math.comb(n + m, n)
@@ -437,8 +461,9 @@ def draw_group(axis, group: list[Run], x: np.ndarray, style: dict[str, str], alp
     x = x.mean(1)
     axis.plot(x, curves.mean(0), **style, linewidth=1.8)
     known = np.isfinite(curves).all(0)
-    low, high = interval(lambda sample: sample.mean(-1), curves.T[known])
-    axis.fill_between(x[known], low, high, color=style["color"], alpha=alpha, linewidth=0)
+    if known.any():
+        low, high = interval(lambda sample: sample.mean(-1), curves.T[known])
+        axis.fill_between(x[known], low, high, color=style["color"], alpha=alpha, linewidth=0)
 
 
 def draw_paper(axis, path: Path, styles: dict[str, dict], total: float, unit: float) -> None:

@@ -53,7 +53,7 @@ import tyro
 from collect import export, fail, hardware, result_path, write
 
 SCRIPTS = ("ppo_atari_baseline.py", "ppo_continuous_baseline.py", "sprig_atari.py", "sprig_continuous.py")
-OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate")  # which this program sets
+OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate", "threads")  # which this program sets (threads: cpus)
 TOP_KEYS = {"question": str, "tasks": list, "seeds": list, "cpus": int, "gpus": float, "flags": dict, "arms": dict}
 ARM_KEYS = {"title": str, "script": str, "flags": dict, "beginning_of": str}
 OPTIONAL = ("cpus", "gpus", "flags", "beginning_of")
@@ -181,6 +181,10 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
         if not isinstance(arm, dict):
             fail(f"{where} is not a table")
         check_keys(arm, ARM_KEYS, where)
+        origin = arm.get("beginning_of", "")
+        names = {other.stem for other in path.parent.glob("*.toml")} - {path.stem}
+        if "beginning_of" in arm and origin not in names:
+            fail(f"{where}: beginning_of = {origin!r} is not the name of another matrix in {path.parent}")
         if arm["script"] not in SCRIPTS:
             fail(f"{where}: script {arm['script']!r} is none of {', '.join(SCRIPTS)}")
         arms[label] = script_arguments(matrix.get("flags", {}) | arm.get("flags", {}), arm["script"], where)
@@ -362,11 +366,11 @@ def finish(run: Run) -> None:
     print(f"{run.name}: done in {seconds:.0f} s, evaluation {score}", flush=True)
 
 
-def prepare(run: Run) -> list[str] | None:
+def prepare(run: Run, report: "Report") -> list[str] | None:
     """The command of the next sitting. None if there is none left: whatever is finished is exported here."""
     state, step = find_state(run)
     if state == "played, to export":
-        finish(run)
+        report.finished(run)
     if state in ("done", "played, to export"):
         return None
     if state.startswith("to do,"):
@@ -384,11 +388,19 @@ class Report:
         how = "goes on" if "--resume" in words else "starts"
         print(f"{run.name}: {how} on {machine}", flush=True)
 
+    def finished(self, run: Run) -> None:
+        """Export it. What goes wrong there is listed, and stops no other run."""
+        self.failures.pop(run.index, None)
+        try:
+            finish(run)
+        except (OSError, ValueError, KeyError, SystemExit) as error:
+            self.failures[run.index] = f"played, but not exported: {str(error).removeprefix('error: ')}"
+            print(f"{run.name}: {self.failures[run.index]}", flush=True)
+
     def ended(self, run: Run, problem: str) -> bool:
         """After a sitting. `problem`: why there is no exit code of 0, or "". Returns whether to try again."""
         if not problem and is_finished(run):
-            self.failures.pop(run.index, None)
-            finish(run)
+            self.finished(run)
             return False
         problem = problem or "it was stopped from outside"
         again = run.index not in self.failures
@@ -409,7 +421,7 @@ def play_here(runs: list[Run], report: Report) -> None:
     """One after the other, in this process."""
     for run in runs:
         again = True
-        while again and (words := prepare(run)):
+        while again and (words := prepare(run, report)):
             events = []
             for event in sit(words, run.folder, run.log, os.getcwd(), run.gpus):
                 if not events:
@@ -445,7 +457,7 @@ def play_on_ray(runs: list[Run], report: Report, address: str | None) -> None:
     sittings = {}  # generator of events -> (run, command, events so far)
 
     def submit(run: Run) -> None:
-        if words := prepare(run):
+        if words := prepare(run, report):
             sittings[player.remote(words, run.folder, run.log, os.getcwd(), run.gpus)] = run, words, []
 
     try:
@@ -508,6 +520,10 @@ def main(args: Args) -> None:
     if args.dry_run:
         print_table(runs)
         return
+    for flag, folder in (("--runs", args.runs), ("--results", args.results)):
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            fail(f"{flag} {folder} cannot be written: {there} is {'not writable' if there.is_dir() else 'a file'}")
     to_play = []
     for run in runs:
         state, _ = find_state(run)

@@ -293,7 +293,12 @@ def main(args: Args) -> None:
         f"`python benchmark/scale.py --rounds {args.rounds} --threads {args.threads} --device {args.device}` on "
         f"{cpu_model()}, Python {platform.python_version()}, torch {torch.__version__}."
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix != ".csv" or output.is_dir():
+        fail(f"--output {output} is not the name of a .csv file; the table goes into .md beside it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output {output} cannot be written: {error.strerror}")
     unfinished = output.with_suffix(".part")  # an earlier measurement stays until this one is whole
     with open(unfinished, "w", newline="") as file:
         writer = csv.writer(file)

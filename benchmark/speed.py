@@ -312,6 +312,8 @@ def check(args: Args) -> None:
             raise SystemExit("error: --device cuda: PyTorch finds no GPU here")
     if args.settings == "cleanrl" and args.family != "atari":
         raise SystemExit("error: --settings cleanrl is for Atari; the vector scripts' own settings are CleanRL's")
+    if args.clock and args.contestant == "all":
+        raise SystemExit("error: --clock is for one contestant alone: add --contestant")
     if args.contestant not in ("all", REFERENCE, *TWINS[args.family]):
         raise SystemExit(
             f"error: --contestant {args.contestant} is none of {REFERENCE}, {', '.join(TWINS[args.family])}"
@@ -332,6 +334,8 @@ def main(args: Args) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"error: --output {output} cannot be written: {error.strerror}") from None
+    if output.suffix != ".md" or output.is_dir():
+        raise SystemExit(f"error: --output {output} is not the name of a .md file; the data go into .csv beside it")
     contestants = (REFERENCE, *TWINS[args.family])
     rounds = [{} for _ in range(args.rounds)]
     for measured in rounds:

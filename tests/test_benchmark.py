@@ -290,7 +290,12 @@ BAD = {
     "int for bool": ({"num-steps = 32": "num-steps = 32\nanneal-lr = 1"}, "anneal-lr = 1, but --anneal-lr takes bool"),
     "choice": ({"num-steps = 32": "num-steps = 32\nnorm-adv = 'all'"}, "takes one of rollout, minibatch, none"),
     "no cores": ({"seeds = [1]": "seeds = [1]\ncpus = 0"}, "cpus must be at least 1"),
-    "annealed beginning": ({'title = "PPO"': 'title = "PPO"\nbeginning_of = "x"'}, "arms.ppo: beginning_of, but with"),
+    "beginning of nothing": ({'title = "PPO"': 'title = "PPO"\nbeginning_of = "x"'}, "'x' is not the name of another"),
+    "beginning of itself": (
+        {'title = "PPO"': 'title = "PPO"\nbeginning_of = "tiny"'},
+        "'tiny' is not the name of anot",
+    ),
+    "cores by the side": ({"num-steps = 32": "num-steps = 32\nthreads = 7"}, "--threads is not for the matrix"),
     "two GPUs": ({"seeds = [1]": "seeds = [1]\ngpus = 2"}, "gpus must lie in [0, 1]"),
     "hidden GPU": ({"num-steps = 32": "num-steps = 32\ndevice = 'cuda'"}, "device = 'cuda', but gpus = 0"),
     "the script's own check": ({"minibatch-size = 32": "minibatch-size = 7"}, "arms.ppo: --minibatch-size 7 does not"),
@@ -305,6 +310,34 @@ def test_what_is_wrong_with_a_matrix_is_said_before_anything_starts(case, folder
         runner.main(runner.Args(write_matrix(changes=changes)))
     assert message in error.value.code and error.value.code.startswith("error: tiny.toml"), error.value.code
     assert "\n" not in error.value.code and os.listdir() == ["tiny.toml"]
+
+
+def test_an_annealed_run_is_no_beginning_of_a_longer_one(folder):
+    write_matrix(name="longer")
+    with pytest.raises(SystemExit, match="arms.ppo: beginning_of, but with an annealed step size"):
+        runner.main(runner.Args(write_matrix(changes={'title = "PPO"': 'title = "PPO"\nbeginning_of = "longer"'})))
+
+
+def test_where_nothing_can_be_written_nothing_is_played(folder):
+    (folder / "taken").touch()
+    for flag in ("runs", "results"):
+        with pytest.raises(SystemExit, match=f"--{flag} taken/x cannot be written: .*taken is a file"):
+            runner.main(runner.Args(write_matrix(), **{flag: runner.Path("taken/x")}))
+    assert sorted(os.listdir()) == ["taken", "tiny.toml"]
+
+
+def test_a_run_that_cannot_be_exported_is_listed_and_stops_no_other(folder, capsys):
+    matrix = write_matrix(changes={"seeds = [1]": "seeds = [1, 2]"})
+    (folder / "results" / "tiny").mkdir(parents=True)
+    (folder / "results" / "tiny" / "CartPole-v1").touch()  # where the task's folder should be
+    runs = runner.load_matrix(matrix, runner.Path("runs"), runner.Path("results"))
+    report = runner.Report()
+    runner.play_here(runs, report)
+    assert all("played, but not exported" in problem for problem in report.failures.values())
+    assert sorted(report.failures) == [0, 1]
+    (folder / "results" / "tiny" / "CartPole-v1").unlink()
+    runner.play_here(runs, report)
+    assert not report.failures and all(run.result.exists() for run in runs)
 
 
 def test_bad_input_ends_with_one_line_and_exit_code_1(folder):
@@ -325,6 +358,8 @@ def test_bad_input_ends_with_one_line_and_exit_code_1(folder):
         ({"device": "abacus"}, "--device abacus is neither cpu nor cuda"),
         ({"contestant": "dqn"}, "--contestant dqn is none of"),
         ({"output": Path("/proc/x/speed.md")}, "--output /proc/x/speed.md cannot be written"),
+        ({"output": Path("speed.csv")}, "--output speed.csv is not the name of a .md file"),
+        ({"clock": True}, "--clock is for one contestant alone"),
     ],
 )
 def test_speed_refuses_what_it_cannot_measure_before_it_measures(changes, message):
@@ -336,6 +371,7 @@ def test_a_result_goes_nowhere_but_into_its_matrix(folder):
     for changes, message in (
         ({"arm": "b c"}, "--arm b c is not a label"),
         ({"matrix": "../x"}, "--matrix ../x is not"),
+        ({"matrix": ".."}, "--matrix .. is not"),
     ):
         with pytest.raises(SystemExit, match=message):
             collect.main(collect.Args(runs=[folder], **{"matrix": "tiny", "arm": "ppo"} | changes))

@@ -15,7 +15,8 @@ import pytest
 import scale
 import speed
 from conftest import ROOT
-from rliable import metrics
+from rliable import library, metrics
+from scipy import stats
 
 MATRIX = (
     'question = "?"\ntasks = ["Task-v1", "other/Task-v1"]\nseeds = [1, 2, 3, 4, 5]\n[flags]\ntotal-timesteps = 1000\n'
@@ -150,20 +151,51 @@ def test_interquartile_mean_is_a_trimmed_mean_relative_to_the_reference():
     x, reference = rng.normal(5, 1, (6, 3)), rng.normal(4, 1, (4, 3))
     for n in range(1, 7):
         scores = x[:n] / reference.mean(0)
-        assert plot.relative_iqm(x[:n], reference)[0] == pytest.approx(metrics.aggregate_iqm(scores))
+        assert plot.relative_iqm(x[:n], reference) == pytest.approx(metrics.aggregate_iqm(scores))
     known = np.array([[0.0, 1], [2, 3], [4, 5], [6, 100]])  # the middle half of 8 scores is 2, 3, 4, 5
-    assert plot.relative_iqm(known, np.ones((3, 2)))[0] == 3.5
-    estimate, low, high = plot.across_tasks(x, reference, plot.relative_iqm)
-    assert low < estimate < high
+    assert plot.relative_iqm(known, np.ones((3, 2))) == 3.5
+
+
+@pytest.mark.parametrize("statistic", [plot.relative_iqm, plot.improvement])
+def test_intervals_across_tasks_are_rliables(statistic):
+    rng = np.random.default_rng(1)
+    x, reference = rng.normal(5, 1, (6, 3)), rng.normal(4, 1, (4, 3))
+    scores = {"": [x, reference]}
+    estimates, ends = library.get_interval_estimates(scores, lambda *x: np.array([statistic(*x)]), reps=20_000)
+    estimate, low, high = plot.across_tasks(x, reference, statistic)
+    assert estimate == estimates[""][0]
+    assert [low, high] == pytest.approx(ends[""][:, 0], abs=0.05 * (high - low))
+
+
+def covered(samples, truth, ends) -> float:
+    """In what share of the samples the interval holds the truth."""
+    return np.mean([low < truth < high for low, high in map(ends, samples)])
+
+
+@pytest.mark.parametrize(("seeds", "share"), [(3, 0.75), (5, 0.85)])
+def test_bootstrap_intervals_of_few_seeds_are_too_narrow(seeds, share):
+    """By as much as plot.py says; that of Hedges' g is not."""
+    pairs = np.random.default_rng(2).normal(0, 1, (600, 2, seeds))
+    means = covered(pairs, 0, lambda pair: plot.interval(lambda sample: sample.mean(-1), pair[0]))
+    assert means == pytest.approx(share, abs=0.05)
+    sizes = covered(pairs + [[1], [0]], 1, lambda pair: plot.hedges_interval(*pair))
+    assert sizes == pytest.approx(0.95, abs=0.035)
+
+
+def test_the_bootstrap_of_an_interquartile_mean_over_tasks_is_a_little_too_narrow(monkeypatch):
+    monkeypatch.setattr(plot, "RESAMPLES", 2000)
+    pairs = np.random.default_rng(2).normal(10, 1, (600, 2, 5, 2))
+    share = covered(pairs, 1, lambda pair: plot.across_tasks(*pair, plot.relative_iqm)[1:])
+    assert share == pytest.approx(0.9, abs=0.035)
 
 
 def test_probability_of_improvement():
     low, high = np.array([[1.0], [2], [3]]), np.array([[4.0], [5]])
     assert plot.improvement(high, low) == 1 and plot.improvement(low, high) == 0 and plot.improvement(low, low) == 0.5
-    assert plot.improvement(np.array([[2.0], [2.5]]), low)[0] == pytest.approx((1.5 + 2) / 6)
+    assert plot.improvement(np.array([[2.0], [2.5]]), low) == pytest.approx((1.5 + 2) / 6)
     rng = np.random.default_rng(2)
     x, reference = rng.integers(0, 5, (6, 3)), rng.integers(0, 5, (4, 3))  # with ties
-    assert plot.improvement(x, reference)[0] == pytest.approx(metrics.probability_of_improvement(x, reference))
+    assert plot.improvement(x, reference) == pytest.approx(metrics.probability_of_improvement(x, reference))
 
 
 def test_holm():
@@ -176,6 +208,9 @@ def test_permutations_and_effect_size():
     reference = np.arange(1.0, 6)
     assert plot.permutation_test(reference + 10, reference) == pytest.approx(2 / 252)
     assert plot.hedges(reference + 1, reference) == pytest.approx((1 - 3 / 31) / np.sqrt(2.5))
+    for shift in np.linspace(0, 3, 31):  # it holds 0 if and only if Student's test finds nothing
+        low, high = plot.hedges_interval(reference + shift, reference)
+        assert (low < 0 < high) == (stats.ttest_ind(reference + shift, reference).pvalue > 0.05)
     low, high = plot.interval(lambda sample: sample.mean(-1), np.stack([reference, reference + 100]))  # (2, 5)
     np.testing.assert_allclose(high - low, (high - low)[0])  # the same seeds are drawn for every row
     assert low[0] < 3 < high[0]

@@ -181,6 +181,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(script, saved,
     same_end(whole[script.__name__], saved)
 
 
+def test_past_two_unreadable_checkpoints_a_run_still_keeps_its_last_two(script, saved):
+    for path in script.checkpoint_paths(saved):
+        path.write_bytes(b"")
+    shutil.copy(saved / "model.pt", saved / "checkpoint-200.pt")  # a third of no use
+    args = script.dataclasses.replace(script.read_args(saved), eval_episodes=0, total_timesteps=128)
+    script.main(script.dataclasses.replace(args, run_dir=str(saved.parent / "short")))  # up to before them
+    for path in script.checkpoint_paths(saved.parent / "short"):
+        shutil.copy(path, saved)
+    resume(script, saved, total_timesteps=192, eval_episodes=0)
+    steps = [int(path.stem.split("-")[1]) for path in script.checkpoint_paths(saved)]
+    assert steps == [256, 200, 192, 128], "what was unreadable stays, and takes no other's place"
+    resume(script, saved, total_timesteps=192, eval_episodes=0)
+
+
 class Malice:
     """Runs code when it is unpickled without care."""
 

@@ -200,6 +200,33 @@ def test_cost_in_reward_without_attention_is_refused():
         script.main(script.Args(perception_cost_in_reward=True, attention="none"))
 
 
+def test_runs_started_in_the_same_second_get_folders_of_their_own(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    args = script.Args()
+    folders = [script.start_run(args) for _ in range(3)]
+    name = f"runs/BeamRiderNoFrameskip-v4__{script.__name__}__1__1000000000"
+    assert list(map(str, folders)) == [name, f"{name}-1", f"{name}-2"]
+
+
+@pytest.mark.parametrize("words", [["--resume", ""], ["--resume="], ["--evaluate", ""]], ids=str)
+def test_an_empty_folder_name_does_not_start_a_run(script, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
+    with pytest.raises(SystemExit, match="needs the folder of a run, not an empty name"):
+        script.parse_args()
+
+
+def test_the_default_number_of_threads_does_not_depend_on_earlier_runs(script, tmp_path):
+    with pytest.raises(SystemExit, match="is not empty"):
+        (tmp_path / "taken").touch()
+        script.main(script.Args(threads=script.DEFAULT_THREADS + 1, run_dir=str(tmp_path)))
+    assert torch.get_num_threads() == script.DEFAULT_THREADS + 1
+    with pytest.raises(SystemExit, match="is not empty"):
+        script.main(script.Args(threads=0, run_dir=str(tmp_path)))
+    assert torch.get_num_threads() == script.DEFAULT_THREADS
+
+
 def test_nothing_is_overwritten(script, tmp_path):
     (tmp_path / "precious").write_text("result")
     with pytest.raises(SystemExit, match="not empty"):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import cv2
+import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import CONTINUOUS, ROOT
@@ -70,6 +71,37 @@ def test_a_run_on_vectors_shows_environment_and_attention(name, env_id, tmp_path
     pictures = [frame[watch.TITLE : watch.TITLE + watch.SIDE, : watch.SIDE] for frame in frames]
     assert pictures[0].std() > 5 and not np.array_equal(pictures[0], pictures[-1]), "a picture that moves"
     assert (frames[0].shape[1] > 2.5 * watch.SIDE) == (name == "sprig_continuous"), "with the attention maps beside it"
+
+
+@pytest.mark.parametrize("picture", ["rgba", "grey", "none"])
+def test_whatever_a_task_renders_is_shown(picture, tmp_path, monkeypatch):
+    """In colour, with alpha, or nothing at all if its constructor knows no render_mode."""
+
+    class Task(gym.Env):
+        metadata = {"render_modes": ["rgb_array"]}
+        observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(2, np.float32), 0.0, False, False, {}
+
+    class Rendered(Task):
+        def __init__(self, render_mode=None):
+            self.render_mode = render_mode
+
+        def render(self):
+            return np.full((60, 81, 4) if picture == "rgba" else (60, 81), 200, dtype=np.uint8)
+
+    maker = Task if picture == "none" else Rendered
+    monkeypatch.setitem(gym.registry, "Task-v0", gym.envs.registration.EnvSpec("Task-v0", maker, max_episode_steps=9))
+    script, run = CONTINUOUS["ppo_continuous_baseline"], tmp_path / "run"
+    settings = {"num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "eval_episodes": 0}
+    script.main(script.Args(env_id="Task-v0", run_dir=str(run), total_timesteps=16, **settings))
+    _, sheet = watch.main(watch.Args(run, steps=4, sheet=2))
+    shades = cv2.imread(str(sheet))[60:150, 40:150]
+    assert np.abs(shades.astype(int) - (60 if picture == "none" else 200)).max() < 12
 
 
 @pytest.mark.parametrize(
