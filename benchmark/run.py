@@ -3,7 +3,7 @@
     python benchmark/run.py benchmark/matrices/mujoco.toml --dry-run           # what is there, what is to do
     python benchmark/run.py benchmark/matrices/mujoco.toml                     # on this machine, all cores
     python benchmark/run.py benchmark/matrices/mujoco.toml --address HOST:6379 # on a Ray cluster
-    sbatch --array=0-23 benchmark/slurm.sh benchmark/matrices/mujoco.toml      # one Slurm job per run, without Ray
+    sbatch --array=0-39 benchmark/slurm.sh benchmark/matrices/mujoco.toml      # one Slurm job per run, without Ray
 
 A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`, `seeds`, `cpus` and `gpus` of one run
 (cpus is also its --threads; 0 gpus hides them), `[flags]` of every run, and `[arms.<label>]` with `title`, `script` and

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One Slurm job per run of a matrix, without Ray. From the root of the repository, on a file system that all nodes share:
-#     sbatch --array=0-23 benchmark/slurm.sh benchmark/matrices/mujoco.toml
+#     sbatch --array=0-39 benchmark/slurm.sh benchmark/matrices/mujoco.toml
 # `python benchmark/run.py MATRIX --dry-run` lists the indices. What is done is skipped and what was interrupted goes on,
 # so submit the same line again after a failure or when the time was up.
 #SBATCH --job-name=sprig
