@@ -23,8 +23,8 @@
 PPO: Schulman et al. 2017 (arXiv 1707.06347). Defaults are the settings that are usual for PPO on MuJoCo (those of
 OpenAI's baselines and of CleanRL), not Table 1 of the SPRIG paper (arXiv 2502.14264), which is about Atari.
 
-Measured so far (1M steps, mean of seeds 1 to 3, AMD EPYC and Intel Xeon CPUs, torch 2.13.0, mujoco 3.17.0; 10 games
-each): HalfCheetah-v5 1794, Hopper-v5 2790, Walker2d-v5 2996, InvertedPendulum-v5 1000.
+Measured so far (1M steps, mean of seeds 1 to 5, AMD EPYC and Intel Xeon CPUs, torch 2.13.0, mujoco 3.17.0; 10 games
+each): HalfCheetah-v5 1764, Hopper-v5 2613, Walker2d-v5 3314, InvertedPendulum-v5 1000.
 
 Changes relative to ppo_atari_baseline.py: environments of the named families; observations and rewards normalised by
 running statistics; an encoder that only normalises; heads of two tanh layers each, Gaussian or categorical. Everything

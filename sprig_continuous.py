@@ -29,8 +29,8 @@ its row in docs/paper.md. `--paper-literal` runs the paper as printed.
 The paper knows pixels only. Here the entries of the observation take the place of the locations of the image: each is
 a token, and attention weighs entries against entries. MuJoCo, DM Control, Box2D, classic control.
 
-Measured so far (1M steps, mean of seeds 1 to 3, AMD EPYC CPU, torch 2.13.0, mujoco 3.17.0; 10 games each):
-HalfCheetah-v5 2634 (1647 to 4530), Hopper-v5 2311, Walker2d-v5 3307, InvertedPendulum-v5 1000; README compares.
+Measured so far (1M steps, mean of seeds 1 to 5, AMD EPYC CPU, torch 2.13.0, mujoco 3.17.0; 10 games each):
+HalfCheetah-v5 2873 (1647 to 4666), Hopper-v5 2360, Walker2d-v5 3019, InvertedPendulum-v5 1000; README compares.
 
 Changes relative to ppo_continuous_baseline.py: the leader has gated layers of attention, pays for its attention, and
 moves first on a utility of its own; the follower then takes PPO's step on features that it cannot change.
