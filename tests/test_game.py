@@ -444,6 +444,21 @@ def test_features_know_where_things_are_unless_read_literally():
     assert spatial_std(sprig.check_args(sprig.Args(paper_literal=True))) < 0.01
 
 
+def test_features_at_unit_scale_are_five_to_nine_times_the_nature_cnns():
+    """Before training, in L1. The default scale makes them alike."""
+    frames, ratios = beamrider_frames(), []
+    for seed in range(8):
+        sums = []
+        for script, scale in ((sprig, {"feature_scale": 1.0}), (ppo, {})):
+            torch.manual_seed(seed)
+            leader, *_ = build(script, script.Args(**scale))
+            with torch.no_grad():
+                sums.append(leader(frames).abs().sum(1).mean().item())
+        ratios.append(sums[0] / sums[1])
+    assert 5 < min(ratios) and max(ratios) < 9
+    assert sprig.Args.feature_scale * np.mean(ratios) == pytest.approx(1, abs=0.15)
+
+
 @pytest.mark.parametrize("attention", ["gated", "figure4", "none"])
 def test_every_kind_of_attention_steps(attention):
     args = sprig.Args(attention=attention)
