@@ -103,7 +103,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """matrix products: highest: float32; high: TF32 if supported; medium: bfloat16 on CPUs with AMX (docs/speed.md)"""
     compile: bool = False
-    """torch.compile the policy and the gradient step: a minute or two at the start, then faster steps"""
+    """torch.compile the policy and the gradient step: half a minute at the start, then faster steps"""
     eval_episodes: int = 10
     """whole games played after training, on fresh seeds (0: none)"""
     eval_greedy: bool = False
