@@ -1013,11 +1013,12 @@ def start_run(args: Args) -> Path:
     if processes()[0] == 0:
         record = run_record(args)  # before the folder is made: this tries the task out
         try:
-            if not args.run_dir:
+            if args.run_dir:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                if any(run_dir.iterdir()):
+                    fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
+            else:
                 run_dir = make_folder(run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if any(run_dir.iterdir()):
-                fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
         except (OSError, ValueError) as error:
             fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
         write_json(run_dir / "args.json", record)

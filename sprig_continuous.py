@@ -1263,7 +1263,7 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
     # DEVIATION: row 6, line 17's C_θ left out: it does not depend on φ
     loss, info = follower_loss(logits, values, minibatch, args)
     gradients = torch.autograd.grad(loss, phi)
-    loss, logits = loss.detach(), logits.detach()
+    loss, logits = loss.detach(), logits.detach()  # what was differentiated may not outlive --compile's cut
     follower_norm = descend([follower_optimizer], loss, gradients, args.max_grad_norm, follower=follower)
 
     with torch.no_grad():  # how far the leader's move alone changed the policy: `logits` are from before φ's step
@@ -1287,7 +1287,7 @@ def simultaneous_step(leader, follower, leader_optimizer, follower_optimizer, mi
         theta_loss, _ = follower_loss(logits, values.detach(), minibatch, args)
     theta_gradients = differentiate(theta_loss, theta, retain_graph=True)
     phi_gradients = differentiate(loss, phi)
-    loss, theta_loss = loss.detach(), theta_loss.detach()
+    loss, theta_loss = loss.detach(), theta_loss.detach()  # as in `stackelberg_step`
     if args.update == "stopped":  # under one norm clip, as in PPO
         optimizers, players = [leader_optimizer, follower_optimizer], {"leader": leader, "follower": follower}
         norm = descend(optimizers, loss, theta_gradients + phi_gradients, args.max_grad_norm, **players)
@@ -1546,11 +1546,12 @@ def start_run(args: Args) -> Path:
     if processes()[0] == 0:
         record = run_record(args)  # before the folder is made: this tries the task out
         try:
-            if not args.run_dir:
+            if args.run_dir:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                if any(run_dir.iterdir()):
+                    fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
+            else:
                 run_dir = make_folder(run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if any(run_dir.iterdir()):
-                fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
         except (OSError, ValueError) as error:
             fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
         write_json(run_dir / "args.json", record)

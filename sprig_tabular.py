@@ -672,11 +672,12 @@ def start_run(args: Args) -> Path:
     name = f"{args.env_id.replace('/', '_')}__sprig_tabular__{args.seed}__{stamp}"
     run_dir = Path(args.run_dir or f"runs/{name}")
     try:
-        if not args.run_dir:
+        if args.run_dir:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if any(run_dir.iterdir()):
+                fail(f"--run-dir {run_dir} is not empty; nothing was changed")
+        else:
             run_dir = make_folder(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if any(run_dir.iterdir()):
-            fail(f"--run-dir {run_dir} is not empty; nothing was changed")
         probe = run_dir / "results.json"
         probe.touch()
         probe.unlink()

@@ -27,6 +27,8 @@ from typing import Annotated
 import tyro
 from speed import cpu_model
 
+LABEL = "[a-z0-9-]+"  # of an arm, and the name of a matrix
+
 
 @dataclass
 class Args:
@@ -129,9 +131,9 @@ def export(run: Path, path: Path) -> tuple[dict, float]:
 
 def main(args: Args) -> None:
     """Export each of `args.runs`. Nothing is overwritten: a result that is there already ends the program."""
-    if not re.fullmatch(r"[a-z0-9-]+", args.arm):
+    if not re.fullmatch(LABEL, args.arm):
         fail(f"--arm {args.arm} is not a label of a matrix: small letters, digits and hyphens")
-    if not re.fullmatch(r"[a-z0-9-]+", args.matrix):
+    if not re.fullmatch(LABEL, args.matrix):
         fail(f"--matrix {args.matrix} is not the name of a matrix: small letters, digits and hyphens")
     paths = {}
     for run in args.runs:

@@ -48,7 +48,7 @@ import probe
 import scale
 import speed
 import tyro
-from collect import fail, render
+from collect import LABEL, fail, render
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
@@ -143,7 +143,7 @@ def read_matrix(path: Path) -> Matrix:
 
 def read_run(path: Path) -> Run:
     """`path`: an <arm>_seed<n>.csv.gz with its .json beside it."""
-    name = re.fullmatch(r"([a-z0-9-]+)_seed(\d+)\.csv\.gz", path.name)
+    name = re.fullmatch(rf"({LABEL})_seed(\d+)\.csv\.gz", path.name)
     if name is None:
         fail(f"{path} is not called <arm>_seed<n>.csv.gz")
     arm, seed = name.groups()
@@ -220,8 +220,8 @@ def mean_difference(x: np.ndarray, reference: np.ndarray, axis: int = -1) -> np.
 
 def hedges(x: np.ndarray, reference: np.ndarray) -> float:
     """Difference of means over the pooled standard deviation, with Hedges' correction for few samples."""
-    n, m = x.shape[-1], reference.shape[-1]
-    pooled = np.sqrt(((n - 1) * x.var(-1, ddof=1) + (m - 1) * reference.var(-1, ddof=1)) / (n + m - 2))
+    n, m = len(x), len(reference)
+    pooled = np.sqrt(((n - 1) * x.var(ddof=1) + (m - 1) * reference.var(ddof=1)) / (n + m - 2))
     return (1 - 3 / (4 * (n + m) - 9)) * mean_difference(x, reference) / pooled
 
 

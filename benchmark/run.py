@@ -50,7 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tyro
-from collect import export, fail, hardware, result_path, write
+from collect import LABEL, export, fail, hardware, result_path, write
 
 SCRIPTS = ("ppo_atari_baseline.py", "ppo_continuous_baseline.py", "sprig_atari.py", "sprig_continuous.py")
 OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate", "threads")  # which this program sets (threads: cpus)
@@ -158,7 +158,7 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
         fail(f"{path} cannot be read: {error.strerror}")
     except ValueError as error:
         fail(f"{path} is not TOML: {error}")
-    if not re.fullmatch("[a-z0-9-]+", path.stem):
+    if not re.fullmatch(LABEL, path.stem):
         fail(f"{path}: the name of a matrix consists of a-z, 0-9 and -")
     check_keys(matrix, TOP_KEYS, str(path))
     tasks, seeds, cpus, gpus = matrix["tasks"], matrix["seeds"], matrix.get("cpus", 1), matrix.get("gpus", 0.0)
@@ -173,18 +173,17 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
         fail(f"{path}: gpus must lie in [0, 1], not {gpus}: a run uses one at most")
     if not matrix["arms"]:
         fail(f"{path}: arms is empty")
+    others = {other.stem for other in path.parent.glob("*.toml")} - {path.stem}
     arms = {}
     for label, arm in matrix["arms"].items():
         where = f"{path}: arms.{label}"
-        if not re.fullmatch("[a-z0-9-]+", label):
+        if not re.fullmatch(LABEL, label):
             fail(f"{where}: a label consists of a-z, 0-9 and -")
         if not isinstance(arm, dict):
             fail(f"{where} is not a table")
         check_keys(arm, ARM_KEYS, where)
-        origin = arm.get("beginning_of", "")
-        names = {other.stem for other in path.parent.glob("*.toml")} - {path.stem}
-        if "beginning_of" in arm and origin not in names:
-            fail(f"{where}: beginning_of = {origin!r} is not the name of another matrix in {path.parent}")
+        if "beginning_of" in arm and arm["beginning_of"] not in others:
+            fail(f"{where}: beginning_of = {arm['beginning_of']!r} is not the name of another matrix in {path.parent}")
         if arm["script"] not in SCRIPTS:
             fail(f"{where}: script {arm['script']!r} is none of {', '.join(SCRIPTS)}")
         arms[label] = script_arguments(matrix.get("flags", {}) | arm.get("flags", {}), arm["script"], where)
