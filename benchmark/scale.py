@@ -254,13 +254,14 @@ def draw(rows: list[dict]):
             axis.minorticks_off()
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(fontsize=7, frameon=False)
+        above.legend(fontsize=7, frameon=False)
         above.set_yscale("log")
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_major_formatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
         above.minorticks_off()
     for axis in panels[1::2].flat:  # once all is drawn: from then on the scale stands
-        axis.set_ylim(0)
+        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
+        axis.legend(loc="upper left", fontsize=7, frameon=False)
     return figure
 
 
