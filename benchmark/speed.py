@@ -4,11 +4,14 @@
     python benchmark/speed.py --settings cleanrl     # BeamRider at those that CleanRL publishes
     python benchmark/speed.py --family continuous    # HalfCheetah
     python benchmark/speed.py --device cuda
+    python benchmark/speed.py --cleanrl CLONE --cleanrl-python CLONE/.venv/bin/python   # CleanRL takes part
 
-Each round trains each of the three for `steps` agent steps, in a process of its own, so that a machine whose speed
-drifts slows all of them; ratios are taken within a round and their median reported. Start-up is not counted, nor is
-the first rollout with its update, in which kernels are chosen and, on a GPU, loaded.
+Each round trains each of them for `steps` agent steps, in a process of its own, so that a machine whose speed drifts
+slows all of them; ratios are taken within a round and their median reported. Start-up is not counted, nor is the first
+rollout with its update, in which kernels are chosen and, on a GPU, loaded.
 stable-baselines3 plays through its own wrappers: Atari's, environments in one process (its default), or VecNormalize.
+CleanRL's ppo_atari.py or ppo_continuous_action.py runs as it is in a clone of https://github.com/vwxyzjn/cleanrl, on as
+many environments, steps, minibatches and epochs (and on HalfCheetah-v4, as it asks for a Gymnasium that has no v5).
 
 After the rounds each twin trains once more under a clock, which tells the phases apart (on a GPU it waits for the
 device at each change of phase). Then its last gradient step is repeated alone. Two limits follow, in steps per
@@ -22,6 +25,7 @@ import csv
 import dataclasses
 import importlib
 import json
+import os
 import platform
 import resource
 import statistics
@@ -38,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tyro
 
-REFERENCE = "stable-baselines3"
+REFERENCE, CLEANRL = "stable-baselines3", "CleanRL"
 TWINS = {
     "atari": ("ppo_atari_baseline.py", "sprig_atari.py"),
     "continuous": ("ppo_continuous_baseline.py", "sprig_continuous.py"),
@@ -56,6 +60,8 @@ SETTINGS = {
         "vf_coef": 0.25,
     },
 }
+CLEANRL_SCRIPTS = {"atari": "cleanrl/ppo_atari.py", "continuous": "cleanrl/ppo_continuous_action.py"}
+CLEANRL_TASKS = {"atari": "ale_py:BeamRiderNoFrameskip-v4", "continuous": "HalfCheetah-v4"}  # ale_py: import it
 OPERATIONS = 10  # shown of a profile
 COLUMNS = ("contestant", "round", "quantity", "value")
 PHASES = ("emulator", "inference", "leader", "follower", "joint step", "logging", "other")
@@ -75,6 +81,10 @@ class Args:
     """CPU threads of the networks and of the emulator (0: 2 on Atari, 1 on vectors)"""
     device: str = "cpu"
     """where the networks are: cpu or cuda"""
+    cleanrl: Path | None = None
+    """a clone of CleanRL that takes part"""
+    cleanrl_python: Path = Path(sys.executable)
+    """the Python that runs it: CleanRL asks for older packages than ours"""
     output: Path | None = None
     """the table; its data as .csv beside it (default: benchmark/results/speed[_continuous][_cleanrl][_cuda].md)"""
     contestant: str = "all"
@@ -243,6 +253,27 @@ def stable_baselines3(args: Args) -> dict:
     return {"steps per second": args.steps / (time.perf_counter() - start)}
 
 
+def cleanrl(args: Args) -> dict:
+    script = importlib.import_module(Path(TWINS[args.family][0]).stem)
+    settings = script.Args(**SETTINGS[args.settings])
+    rollout = settings.num_envs * settings.num_steps
+    flags = {
+        "--env-id": CLEANRL_TASKS[args.family],
+        "--num-envs": settings.num_envs,
+        "--num-steps": settings.num_steps,
+        "--num-minibatches": rollout // settings.minibatch_size,
+        "--update-epochs": settings.update_epochs,
+        "--total-timesteps": rollout + args.steps,
+    }
+    command = [str(args.cleanrl_python.absolute()), str((args.cleanrl / CLEANRL_SCRIPTS[args.family]).resolve())]
+    command += [str(word) for flag in flags.items() for word in flag]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
+    with tempfile.TemporaryDirectory() as folder:
+        output_of(command, CLEANRL, cwd=folder, env=environment)
+        return {"steps per second": steady_speed(str(next(Path(folder, "runs").iterdir())))}
+
+
 def ours(name: str, args: Args) -> dict:
     """One training run. With `clock`, each phase's share of the time, and the limits."""
     script = importlib.import_module(Path(name).stem)
@@ -271,11 +302,17 @@ def steady_speed(run_dir: str) -> float:
     return (last.step - first.step) / (last.step / last.value - first.step / first.value)
 
 
+def contestants(args: Args) -> tuple[str, ...]:
+    return (REFERENCE, *((CLEANRL,) if args.cleanrl else ()), *TWINS[args.family])
+
+
 def contest(args: Args) -> dict:
     """What one contestant's run measured, with the process's largest memory."""
-    measured = stable_baselines3(args) if args.contestant == REFERENCE else ours(args.contestant, args)
-    measured["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if args.device != "cpu":
+    peers = {REFERENCE: stable_baselines3, CLEANRL: cleanrl}
+    measured = peers[args.contestant](args) if args.contestant in peers else ours(args.contestant, args)
+    who = resource.RUSAGE_CHILDREN if args.contestant == CLEANRL else resource.RUSAGE_SELF
+    measured["peak memory, MiB"] = resource.getrusage(who).ru_maxrss / 1024
+    if args.device != "cpu" and args.contestant != CLEANRL:
         import torch
 
         measured["peak GPU memory, MiB"] = torch.cuda.max_memory_allocated() / 2**20
@@ -286,6 +323,8 @@ def measure(name: str, args: Args, clock: bool = False) -> dict:
     """contest() in a fresh process."""
     command = [sys.executable, __file__, "--family", args.family, "--settings", args.settings, "--device", args.device]
     command += ["--contestant", name, "--steps", str(args.steps), "--threads", str(args.threads)]
+    if name == CLEANRL:
+        command += ["--cleanrl", str(args.cleanrl), "--cleanrl-python", str(args.cleanrl_python)]
     command += ["--clock"] if clock else []
     return json.loads(output_of(command, name).splitlines()[-1])
 
@@ -314,10 +353,16 @@ def check(args: Args) -> None:
         raise SystemExit("error: --settings cleanrl is for Atari; the vector scripts' own settings are CleanRL's")
     if args.clock and args.contestant == "all":
         raise SystemExit("error: --clock is for one contestant alone: add --contestant")
-    if args.contestant not in ("all", REFERENCE, *TWINS[args.family]):
-        raise SystemExit(
-            f"error: --contestant {args.contestant} is none of {REFERENCE}, {', '.join(TWINS[args.family])}"
-        )
+    if args.contestant not in ("all", *contestants(args)):
+        raise SystemExit(f"error: --contestant {args.contestant} is none of {', '.join(contestants(args))}")
+    if args.cleanrl:
+        script = args.cleanrl / CLEANRL_SCRIPTS[args.family]
+        if not script.is_file():
+            raise SystemExit(f"error: --cleanrl {args.cleanrl} is no clone of CleanRL: it has no {script.name}")
+        try:
+            output_of([str(args.cleanrl_python), str(script), "--help"], f"--cleanrl-python: {script}")
+        except OSError as error:
+            raise SystemExit(f"error: --cleanrl-python {args.cleanrl_python}: {error.strerror}") from None
 
 
 def main(args: Args) -> None:
@@ -336,10 +381,9 @@ def main(args: Args) -> None:
         raise SystemExit(f"error: --output {output} cannot be written: {error.strerror}") from None
     if output.suffix != ".md" or output.is_dir():
         raise SystemExit(f"error: --output {output} is not the name of a .md file; the data go into .csv beside it")
-    contestants = (REFERENCE, *TWINS[args.family])
     rounds = [{} for _ in range(args.rounds)]
     for measured in rounds:
-        for name in contestants:
+        for name in contestants(args):
             measured[name] = measure(name, args)
             print(f"{name}: {measured[name]['steps per second']:.0f} steps/s", file=sys.stderr)
     clocked = {name: measure(name, args, clock=True) for name in TWINS[args.family]}
@@ -350,11 +394,17 @@ def main(args: Args) -> None:
         for number, measured in [*enumerate(rounds, start=1), ("clocked", clocked)]:
             for name, quantities in measured.items():
                 writer.writerows([name, number, quantity, f"{value:.6g}"] for quantity, value in quantities.items())
-    packages = ("torch", "ale-py" if atari else "mujoco", "gymnasium", "stable-baselines3")
+    simulator = "ale-py" if atari else "mujoco"
+    packages = ("torch", simulator, "gymnasium", "stable-baselines3")
     command = f"python benchmark/speed.py --family {args.family} --settings {args.settings} --rounds {args.rounds}"
     command += f" --steps {args.steps} --threads {args.threads} --device {args.device}"
+    command += " --cleanrl CLONE --cleanrl-python PYTHON" if args.cleanrl else ""
     heading = f"`{command}` on {machine(args.device)}, Python {platform.python_version()}, "
     heading += f"{', '.join(f'{name} {version(name)}' for name in packages)}."
+    if args.cleanrl:
+        names = ("torch", simulator, "gymnasium")
+        ask = f"from importlib.metadata import version as v; print(*(f'{{n}} {{v(n)}}' for n in {names}), sep=', ')"
+        heading += f" CleanRL with {output_of([str(args.cleanrl_python), '-c', ask], CLEANRL).strip()}."
     text = report(read(output.with_suffix(".csv")), heading)
     output.write_text(text)
     print(text, end="")
@@ -376,7 +426,7 @@ def report(rows: list[dict], heading: str) -> str:
         measured.setdefault(row["round"], {}).setdefault(row["contestant"], {})[row["quantity"]] = float(row["value"])
     clocked = measured.pop("clocked")
     rounds = list(measured.values())
-    _, ppo, sprig = contestants = list(rounds[0])
+    *peers, ppo, sprig = names = list(rounds[0])
     lines = [heading, "", f"| | median of {len(rounds)} | lowest | highest |", "|-|-|-|-|"]
 
     def row(title: str, values: list[float], form: str) -> str:
@@ -385,15 +435,11 @@ def report(rows: list[dict], heading: str) -> str:
     def speeds(name: str) -> list[float]:
         return [measured[name]["steps per second"] for measured in rounds]
 
-    lines += [row(f"{name}, steps/s", speeds(name), ".0f") for name in contestants]
-    ratios = {
-        "PPO's steps per second over stable-baselines3's": zip(speeds(ppo), speeds(REFERENCE)),
-        "SPRIG's time per step over PPO's": zip(speeds(ppo), speeds(sprig)),
-    }
+    lines += [row(f"{name}, steps/s", speeds(name), ".0f") for name in names]
+    ratios = {f"PPO's steps per second over {peer}'s": zip(speeds(ppo), speeds(peer)) for peer in peers}
+    ratios |= {"SPRIG's time per step over PPO's": zip(speeds(ppo), speeds(sprig))}
     lines += [row(title, [a / b for a, b in pairs], ".2f") for title, pairs in ratios.items()]
-    lines += [
-        row(f"{name}, peak memory, MiB", [m[name]["peak memory, MiB"] for m in rounds], ".0f") for name in contestants
-    ]
+    lines += [row(f"{name}, peak memory, MiB", [m[name]["peak memory, MiB"] for m in rounds], ".0f") for name in names]
     lines += ["", "| | " + " | ".join(clocked) + " |", "|-|" + "-|" * len(clocked)]
     quantities = dict.fromkeys(quantity for measured in clocked.values() for quantity in measured)
     for quantity in sorted(quantities, key=lambda quantity: quantity.endswith("all others")):

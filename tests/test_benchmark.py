@@ -360,11 +360,55 @@ def test_bad_input_ends_with_one_line_and_exit_code_1(folder):
         ({"output": Path("/proc/x/speed.md")}, "--output /proc/x/speed.md cannot be written"),
         ({"output": Path("speed.csv")}, "--output speed.csv is not the name of a .md file"),
         ({"clock": True}, "--clock is for one contestant alone"),
+        ({"contestant": "CleanRL"}, "--contestant CleanRL is none of"),
+        ({"cleanrl": ROOT}, "is no clone of CleanRL: it has no ppo_atari.py"),
     ],
 )
 def test_speed_refuses_what_it_cannot_measure_before_it_measures(changes, message):
     with pytest.raises(SystemExit, match=message):
         speed.main(speed.Args(**changes))
+
+
+# In the place of CleanRL's script: says what it was told, and logs 100 steps per second as a cumulative mean from the
+# start of a run whose first rollout takes a second more than the others.
+CLEANRL = """
+import argparse, json, os, pathlib
+from torch.utils.tensorboard import SummaryWriter
+parser = argparse.ArgumentParser()
+for name in ("total-timesteps", "num-envs", "num-steps", "num-minibatches", "update-epochs"):
+    parser.add_argument(f"--{name}", type=int)
+parser.add_argument("--env-id")
+args = parser.parse_args()
+told = vars(args) | {"threads": os.environ["OMP_NUM_THREADS"]}
+pathlib.Path(__file__).with_name("told.json").write_text(json.dumps(told))
+with SummaryWriter("runs/one") as writer:
+    for step in range(2048, args.total_timesteps + 1, 2048):
+        writer.add_scalar("charts/SPS", step / (1 + step / 100), step)
+"""
+
+
+def test_cleanrl_takes_part_at_the_same_settings(tmp_path):
+    script = tmp_path / "cleanrl" / "ppo_continuous_action.py"
+    script.parent.mkdir()
+    script.write_text(CLEANRL)
+    args = speed.Args("continuous", steps=4096, threads=3, contestant="CleanRL", cleanrl=tmp_path)
+    speed.check(args)
+    measured = speed.contest(args)
+    assert measured["steps per second"] == pytest.approx(100, rel=1e-5) and measured["peak memory, MiB"] > 50
+    assert json.loads(script.with_name("told.json").read_text()) == {
+        "env_id": "HalfCheetah-v4",
+        "num_envs": 1,
+        "num_steps": 2048,
+        "num_minibatches": 32,
+        "update_epochs": 10,
+        "total_timesteps": 3 * 2048,
+        "threads": "3",
+    }
+    script.write_text("import nothing_of_that_name")
+    with pytest.raises(
+        SystemExit, match="--cleanrl-python: .* failed: ModuleNotFoundError: No module named 'nothing_of"
+    ):
+        speed.check(args)
 
 
 def test_a_result_goes_nowhere_but_into_its_matrix(folder):
