@@ -1,15 +1,16 @@
 """Where the paper leaves a choice, measure it: variants of SPRIG on the patch task (patch_task.py).
 
     python benchmark/decisions.py
-    python benchmark/decisions.py --variants "unit scale" "paper literal"   # these anew, the other rows stay
+    python benchmark/decisions.py --variants "paper literal" --seeds 101 102   # these anew, the rest stays
 
 Table 1's settings but for the rollout (8 x 32) and γ = 0.5 (each step is a problem of its own), and features at unit
 scale, which suits so short a task; SPRIG's default, 0.15, is a variant (row 11). A variant's score is the mean return
 of all games played in training, as a fraction of the optimum: it rewards learning fast as well as well. Chance is
-0.25. Seeds 101-103 are used for nothing else.
+0.25. `python benchmark/plot.py` puts the table into docs/paper.md.
 """
 
 import csv
+import itertools
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +21,12 @@ from patch_task import PatchEnvs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 VARIANTS = {
-    "unit scale": {},
+    "PPO, Nature CNN": None,
+    "joint PPO loss on SPRIG's networks": {"update": "joint"},
+    "and no value gradient to the encoder": {"update": "stopped"},
+    "and a norm clip for each player": {"update": "separate"},
+    "and the leader's own loss": {"update": "simultaneous"},
+    "and the leader moves first: SPRIG": {},
     "row 1: α on the cost": {"cooperation_weight": 0.3},
     "row 2: l1 cost": {"perception_cost": "l1"},
     "row 2: concentration cost": {"perception_cost": "concentration"},
@@ -30,21 +36,16 @@ VARIANTS = {
     "row 4: no attention": {"attention": "none"},
     "row 5: log-prob objective": {"leader_objective": "log-prob"},
     "row 10: value gradient to the leader": {"leader_value_coef": 0.5},
-    "joint PPO loss, same networks": {"update": "joint"},
-    "joint, value gradient stopped at the leader": {"update": "stopped"},
-    "and a norm clip for each player": {"update": "separate"},
-    "and the leader's own loss": {"update": "simultaneous"},
     "row 11: features at 0.15": {"feature_scale": 0.15},
     "row 11: features at 0.15, joint PPO loss": {"feature_scale": 0.15, "update": "joint"},
     "paper literal": {"paper_literal": True},
-    "PPO, Nature CNN": None,
 }
 
 
 @dataclass
 class Args:
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """which to run; the others keep the rows they have"""
+    """which to run"""
     seeds: tuple[int, ...] = (101, 102, 103)
     """tuning seeds"""
     steps: int = 2048
@@ -71,21 +72,36 @@ def score(variant: dict | None, seed: int, args: Args) -> float:
         return statistics.mean(e.value for e in events.Scalars("charts/episodic_return")) / PatchEnvs.optimum
 
 
+def report(path: Path) -> tuple[list[str], list[list]]:
+    """Head and rows of the table: each variant's scores by seed, their mean and, of several, standard deviation."""
+    with open(path) as file:
+        scores = {}
+        for row in csv.DictReader(file):
+            scores.setdefault(row["variant"], {})[int(row["seed"])] = float(row["score"])
+    rows = []
+    for variant, by_seed in scores.items():
+        each = list(by_seed.values())
+        mean = f"{statistics.mean(each):.2f}" + (f" ± {statistics.stdev(each):.2f}" if len(each) > 1 else "")
+        seeds = f"{min(by_seed)} to {max(by_seed)}" if len(each) == max(by_seed) - min(by_seed) + 1 else len(each)
+        rows.append([variant, seeds, ", ".join(f"{x:.2f}" for x in each), mean])
+    return ["variant", "seeds", "score by seed", "mean"], rows
+
+
 def main(args: Args) -> None:
     if unknown := set(args.variants) - set(VARIANTS):
         raise SystemExit(f"error: no variant {sorted(unknown)[0]!r}; there are: {', '.join(VARIANTS)}")
     rows = []
     if args.output.exists():
         with open(args.output) as file:
-            rows = [row for row in csv.reader(file) if row[0] not in (*args.variants, "variant")]
+            _, *rows = csv.reader(file)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    for name in args.variants:
-        scores = [score(VARIANTS[name], seed, args) for seed in args.seeds]
-        rows += [[name, seed, args.steps, f"{x:.4f}"] for seed, x in zip(args.seeds, scores)]
-        rows.sort(key=lambda row: list(VARIANTS).index(row[0]))
+    for name, seed in itertools.product(args.variants, args.seeds):
+        result = score(VARIANTS[name], seed, args)
+        rows = [row for row in rows if row[:2] != [name, str(seed)]] + [[name, str(seed), args.steps, f"{result:.4f}"]]
+        rows.sort(key=lambda row: (list(VARIANTS).index(row[0]), int(row[1])))
         with open(args.output, "w", newline="") as file:
-            csv.writer(file).writerows([["variant", "seed", "steps", "score"], *rows])
-        print(f"| {name} | {' | '.join(f'{x:.2f}' for x in scores)} | {statistics.mean(scores):.2f} |", flush=True)
+            csv.writer(file, lineterminator="\n").writerows([["variant", "seed", "steps", "score"], *rows])
+        print(f"{name}, seed {seed}: {result:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Redraw every table and figure of the results from committed data.
 
-    python benchmark/plot.py            # figures, and the tables in README.md, docs/results.md and docs/speed.md
+    python benchmark/plot.py            # figures, and the tables in README.md and docs/
     python benchmark/plot.py --check    # writes nothing; exit code 1 if a table or figure is not what the data give
 
 Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<matrices>/<matrix>.toml` the question and
 the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png`, and in the documents all that
 stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison" (of final scores)
 or "comparison over training" (of means over training), "runs", or what speed.py or scale.py measured,
-`<results>/NAME.csv`, under the first line of NAME.md (with "summary", the first table of it), or what probe.py or
-blind.py did, `<results>/probe*.csv` and `blind*.csv`. `<results>/scale.png` is drawn from scale.csv.
+`<results>/NAME.csv`, under the first line of NAME.md (with "summary", the first table of it), or what probe.py,
+blind.py or decisions.py did, `<results>/probe*.csv`, `blind*.csv` and `decisions.csv`. `<results>/scale.png` is drawn
+from scale.csv.
 
 The same for every matrix:
 
@@ -43,6 +44,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import decisions
 import numpy as np
 import probe
 import scale
@@ -84,7 +86,7 @@ class Args:
     """folder with a folder per matrix; the figures are written there"""
     matrices: Path = Path("benchmark/matrices")
     """folder with a .toml file per matrix"""
-    documents: tuple[Path, ...] = (Path("README.md"), Path("docs/results.md"), Path("docs/speed.md"))
+    documents: tuple[Path, ...] = tuple(map(Path, ("README.md", "docs/paper.md", "docs/results.md", "docs/speed.md")))
     """files whose tables are written"""
     check: bool = False
     """write nothing; exit with 1 if a document's table or a figure differs from what the data give"""
@@ -692,6 +694,8 @@ def main(args: Args) -> None:
             fail(f"{path} is no table with a head and rows of equal length")
         head, *rows = probe.over_seeds(rows)
         tables[path.stem] = render(head, rows)
+    for path in args.results.glob("decisions.csv"):
+        tables[path.stem] = render(*decisions.report(path))
     texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written
     if args.check:
         stale = [path for path, text in texts.items() if path.read_text() != text]

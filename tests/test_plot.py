@@ -110,6 +110,18 @@ def test_damaged_data_are_named_in_one_line_and_nothing_is_written(damage, made)
     assert made.documents[0].read_text() == before and not list(made.results.glob("*.png"))
 
 
+def test_what_was_measured_on_the_patch_task_is_a_table(made):
+    rows = [("joint", 101, 0.3), ("joint", 102, 0.25), ("joint", 103, 0.2)]
+    rows += [("literal", 101, 0.5), ("literal", 103, 0.5), ("PPO", 101, 0.25)]
+    scores = "".join(f"{variant},{seed},2048,{score:.4f}\n" for variant, seed, score in rows)
+    (made.results / "decisions.csv").write_text(f"variant,seed,steps,score\n{scores}")
+    made.documents[0].write_text("<!-- table: decisions -->\n<!-- end -->\n")
+    plot.main(made)
+    text = made.documents[0].read_text()
+    assert "| joint | 101 to 103 | 0.30, 0.25, 0.20 | 0.25 ± 0.05 |" in text
+    assert "| literal | 2 | 0.50, 0.50 | 0.50 ± 0.00 |\n| PPO | 101 to 101 | 0.25 | 0.25 |" in text
+
+
 def test_what_the_probe_found_is_a_table(made):
     (made.results / "probe_x.csv").write_text("run,R²\nruns/x__a__1,0.25\nruns/x__a__2,0.75\n")
     made.documents[0].write_text("<!-- table: probe_x -->\n<!-- end -->\n")
