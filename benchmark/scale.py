@@ -37,7 +37,7 @@ import numpy as np
 import tyro
 from collect import fail
 from gradient_cost import resident
-from speed import TWINS, cpu_model, output_of, read, steady_speed
+from speed import TWINS, check_output, cpu_model, output_of, read, steady_speed
 
 SCRIPTS = {family: dict(zip(("PPO", "SPRIG"), (Path(name).stem for name in twins))) for family, twins in TWINS.items()}
 SWEEPS = {
@@ -294,12 +294,7 @@ def main(args: Args) -> None:
         f"`python benchmark/scale.py --rounds {args.rounds} --threads {args.threads} --device {args.device}` on "
         f"{cpu_model()}, Python {platform.python_version()}, torch {torch.__version__}."
     )
-    if output.suffix != ".csv" or output.is_dir():
-        fail(f"--output {output} is not the name of a .csv file; the table goes into .md beside it")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output {output} cannot be written: {error.strerror}")
+    check_output(output, ".csv", "the table goes into .md beside it")
     unfinished = output.with_suffix(".part")  # an earlier measurement stays until this one is whole
     with open(unfinished, "w", newline="") as file:
         writer = csv.writer(file)

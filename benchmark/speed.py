@@ -365,6 +365,16 @@ def check(args: Args) -> None:
             raise SystemExit(f"error: --cleanrl-python {args.cleanrl_python}: {error.strerror}") from None
 
 
+def check_output(path: Path, suffix: str, beside: str) -> None:
+    """Makes its folder. Ends with a one-line error if it cannot be written, or would be taken for its neighbour."""
+    if path.suffix != suffix or path.is_dir():
+        raise SystemExit(f"error: --output {path} is not the name of a {suffix} file; {beside}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: --output {path} cannot be written: {error.strerror}") from None
+
+
 def main(args: Args) -> None:
     check(args)
     atari = args.family == "atari"
@@ -375,12 +385,7 @@ def main(args: Args) -> None:
     suffix = "" if atari else "_continuous"
     suffix += ("" if args.settings == "default" else f"_{args.settings}") + ("" if args.device == "cpu" else "_cuda")
     output = args.output or Path(f"benchmark/results/speed{suffix}.md")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"error: --output {output} cannot be written: {error.strerror}") from None
-    if output.suffix != ".md" or output.is_dir():
-        raise SystemExit(f"error: --output {output} is not the name of a .md file; the data go into .csv beside it")
+    check_output(output, ".md", "the data go into .csv beside it")
     rounds = [{} for _ in range(args.rounds)]
     for measured in rounds:
         for name in contestants(args):
