@@ -17,16 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from patch_task import PatchEnvs
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from collect import fail
 
 VARIANTS = {
     "PPO, Nature CNN": None,
-    "joint PPO loss on SPRIG's networks": {"update": "joint"},
-    "and no value gradient to the encoder": {"update": "stopped"},
-    "and a norm clip for each player": {"update": "separate"},
-    "and the leader's own loss": {"update": "simultaneous"},
-    "and the leader moves first: SPRIG": {},
+    "ladder 1: SPRIG's networks, joint PPO loss": {"update": "joint"},
+    "ladder 2: 1, no value gradient to the encoder": {"update": "stopped"},
+    "ladder 3: 2, a norm clip for each player": {"update": "separate"},
+    "ladder 4: 3, the leader's own loss": {"update": "simultaneous"},
+    "ladder 5: 4, the leader moves first (SPRIG)": {},
     "row 1: α on the cost": {"cooperation_weight": 0.3},
     "row 2: l1 cost": {"perception_cost": "l1"},
     "row 2: concentration cost": {"perception_cost": "concentration"},
@@ -57,6 +56,9 @@ class Args:
 
 
 def score(variant: dict | None, seed: int, args: Args) -> float:
+    from patch_task import PatchEnvs
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     import ppo_atari_baseline
     import sprig_atari
 
@@ -72,35 +74,44 @@ def score(variant: dict | None, seed: int, args: Args) -> float:
         return statistics.mean(e.value for e in events.Scalars("charts/episodic_return")) / PatchEnvs.optimum
 
 
+COLUMNS = ["variant", "seed", "steps", "score"]
+
+
+def read(path: Path) -> list[list[str]]:
+    """The rows of an earlier measurement. Ends with a one-line error if they are not of these variants."""
+    with open(path, newline="") as file:
+        head, *rows = [*csv.reader(file)] or [[]]
+    if head != COLUMNS or not rows or {row[0] for row in rows} - set(VARIANTS):
+        fail(f"{path} is not a table of {', '.join(COLUMNS)} of today's variants; move it away and measure again")
+    return rows
+
+
 def report(path: Path) -> tuple[list[str], list[list]]:
-    """Head and rows of the table: each variant's scores by seed, their mean and, of several, standard deviation."""
-    with open(path) as file:
-        scores = {}
-        for row in csv.DictReader(file):
-            scores.setdefault(row["variant"], {})[int(row["seed"])] = float(row["score"])
+    """Head and rows of the table: each variant's scores by seed, their mean and, from 3 on, standard deviation."""
+    scores = {}
+    for variant, seed, _, score in read(path):
+        scores.setdefault(variant, {})[int(seed)] = float(score)
     rows = []
     for variant, by_seed in scores.items():
-        each = list(by_seed.values())
-        mean = f"{statistics.mean(each):.2f}" + (f" ± {statistics.stdev(each):.2f}" if len(each) > 1 else "")
-        seeds = f"{min(by_seed)} to {max(by_seed)}" if len(each) == max(by_seed) - min(by_seed) + 1 else len(each)
-        rows.append([variant, seeds, ", ".join(f"{x:.2f}" for x in each), mean])
+        each = [by_seed[seed] for seed in sorted(by_seed)]
+        mean = f"{statistics.mean(each):.2f}" + (f" ± {statistics.stdev(each):.2f}" if len(each) > 2 else "")
+        rows.append([variant, ", ".join(map(str, sorted(by_seed))), ", ".join(f"{x:.2f}" for x in each), mean])
     return ["variant", "seeds", "score by seed", "mean"], rows
 
 
 def main(args: Args) -> None:
     if unknown := set(args.variants) - set(VARIANTS):
-        raise SystemExit(f"error: no variant {sorted(unknown)[0]!r}; there are: {', '.join(VARIANTS)}")
-    rows = []
-    if args.output.exists():
-        with open(args.output) as file:
-            _, *rows = csv.reader(file)
+        fail(f"no variant {sorted(unknown)[0]!r}; there are: {', '.join(VARIANTS)}")
+    if args.output.suffix != ".csv":
+        fail(f"--output {args.output} is not the name of a .csv file")
+    rows = read(args.output) if args.output.exists() else []
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for name, seed in itertools.product(args.variants, args.seeds):
         result = score(VARIANTS[name], seed, args)
         rows = [row for row in rows if row[:2] != [name, str(seed)]] + [[name, str(seed), args.steps, f"{result:.4f}"]]
         rows.sort(key=lambda row: (list(VARIANTS).index(row[0]), int(row[1])))
         with open(args.output, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([["variant", "seed", "steps", "score"], *rows])
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
         print(f"{name}, seed {seed}: {result:.2f}", flush=True)
 
 

@@ -4,12 +4,14 @@
     python benchmark/plot.py --check    # writes nothing; exit code 1 if a table or figure is not what the data give
 
 Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<matrices>/<matrix>.toml` the question and
-the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png`, and in the documents all that
-stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a matrix, a matrix and "comparison" (of final scores)
-or "comparison over training" (of means over training), "runs", or what speed.py or scale.py measured,
-`<results>/NAME.csv`, under the first line of NAME.md (with "summary", the first table of it), or what probe.py,
-blind.py or decisions.py did, `<results>/probe*.csv`, `blind*.csv` and `decisions.csv`. `<results>/scale.png` is drawn
-from scale.csv.
+the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png` and `<results>/scale.png`, and
+in the documents all that stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is
+
+- a matrix (its scores), a matrix and "comparison" (of final scores) or "comparison over training" (of their means);
+- "runs": how much of each matrix has been run;
+- "speed...", "scale...": what speed.py and scale.py left in NAME.csv, under the first line of NAME.md; with "summary"
+  only the first table of it;
+- "probe...", "blind...", "decisions": what the programs of these names left in NAME.csv.
 
 The same for every matrix:
 
@@ -694,7 +696,7 @@ def main(args: Args) -> None:
             fail(f"{path} is no table with a head and rows of equal length")
         head, *rows = probe.over_seeds(rows)
         tables[path.stem] = render(head, rows)
-    for path in args.results.glob("decisions.csv"):
+    if (path := args.results / "decisions.csv").exists():
         tables[path.stem] = render(*decisions.report(path))
     texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written
     if args.check:

@@ -259,9 +259,10 @@ def draw(rows: list[dict]):
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_major_formatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
         above.minorticks_off()
-    for axis in (axis for axis in panels[1::2].flat if axis.lines):  # once all is drawn: from then on the scale stands
-        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
-        axis.legend(loc="upper left", fontsize=7, frameon=False)
+    for axis in panels[1::2].flat:
+        if axis.lines:  # once all is drawn: from then on the scale stands
+            axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
+            axis.legend(loc="upper left", fontsize=7, frameon=False)
     return figure
 
 

@@ -1,17 +1,18 @@
-"""Steps per second of a pair of twins and of stable-baselines3's PPO, what they go into, and how many there could be.
+"""Steps per second of a pair of twins and of others' PPO, what they go into, and how many there could be.
 
     python benchmark/speed.py                        # BeamRider at Table 1's settings
     python benchmark/speed.py --settings cleanrl     # BeamRider at those that CleanRL publishes
     python benchmark/speed.py --family continuous    # HalfCheetah
     python benchmark/speed.py --device cuda
-    python benchmark/speed.py --cleanrl CLONE --cleanrl-python CLONE/.venv/bin/python   # CleanRL takes part
+    python benchmark/speed.py --cleanrl-clone CLONE --cleanrl-python PYTHON   # CleanRL's PPO takes part
 
-Each round trains each of them for `steps` agent steps, in a process of its own, so that a machine whose speed drifts
-slows all of them; ratios are taken within a round and their median reported. Start-up is not counted, nor is the first
-rollout with its update, in which kernels are chosen and, on a GPU, loaded.
+Each round trains every contestant for `steps` agent steps, in a process of its own, so that a machine whose speed
+drifts slows all of them; ratios are taken within a round and their median reported. Start-up is not counted, nor is the
+first rollout with its update, in which kernels are chosen and, on a GPU, loaded.
 stable-baselines3 plays through its own wrappers: Atari's, environments in one process (its default), or VecNormalize.
 CleanRL's ppo_atari.py or ppo_continuous_action.py runs as it is in a clone of https://github.com/vwxyzjn/cleanrl, on as
-many environments, steps, minibatches and epochs (and on HalfCheetah-v4, as it asks for a Gymnasium that has no v5).
+many environments, steps, minibatches and epochs (and on HalfCheetah-v4, as it asks for a Gymnasium that has no v5). It
+logs whole steps per second, rounded down.
 
 After the rounds each twin trains once more under a clock, which tells the phases apart (on a GPU it waits for the
 device at each change of phase). Then its last gradient step is repeated alone. Two limits follow, in steps per
@@ -28,6 +29,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -76,14 +78,14 @@ class Args:
     rounds: int = 5
     """rounds; each trains every contestant once"""
     steps: int = 0
-    """agent steps per contestant and round (0: 4096 on Atari, 16384 on vectors)"""
+    """agent steps per contestant and round, in whole rollouts (0: 4096 on Atari, 16384 on vectors)"""
     threads: int = 0
     """CPU threads of the networks and of the emulator (0: 2 on Atari, 1 on vectors)"""
     device: str = "cpu"
     """where the networks are: cpu or cuda"""
-    cleanrl: Path | None = None
-    """a clone of CleanRL that takes part"""
-    cleanrl_python: Path = Path(sys.executable)
+    cleanrl_clone: Path | None = None
+    """a clone of CleanRL, whose PPO then takes part"""
+    cleanrl_python: str = sys.executable
     """the Python that runs it: CleanRL asks for older packages than ours"""
     output: Path | None = None
     """the table; its data as .csv beside it (default: benchmark/results/speed[_continuous][_cleanrl][_cuda].md)"""
@@ -228,8 +230,7 @@ def stable_baselines3(args: Args) -> dict:
     from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
     torch.set_num_threads(args.threads)
-    script = importlib.import_module(Path(TWINS[args.family][0]).stem)
-    settings = script.Args(**SETTINGS[args.settings])
+    settings, rollout = settings_of(args)
     if args.family == "atari":
         envs = VecFrameStack(make_atari_env(settings.env_id, n_envs=settings.num_envs, seed=0), 4)
     else:
@@ -247,16 +248,21 @@ def stable_baselines3(args: Args) -> dict:
         vf_coef=settings.vf_coef,
         device=args.device,
     )
-    model.learn(settings.num_envs * settings.num_steps)  # one rollout
+    model.learn(rollout)
     start = time.perf_counter()
     model.learn(args.steps, reset_num_timesteps=False)
     return {"steps per second": args.steps / (time.perf_counter() - start)}
 
 
-def cleanrl(args: Args) -> dict:
+def settings_of(args: Args):
+    """The baseline's arguments, and the size of its rollout."""
     script = importlib.import_module(Path(TWINS[args.family][0]).stem)
     settings = script.Args(**SETTINGS[args.settings])
-    rollout = settings.num_envs * settings.num_steps
+    return settings, settings.num_envs * settings.num_steps
+
+
+def cleanrl(args: Args) -> dict:
+    settings, rollout = settings_of(args)
     flags = {
         "--env-id": CLEANRL_TASKS[args.family],
         "--num-envs": settings.num_envs,
@@ -265,7 +271,7 @@ def cleanrl(args: Args) -> dict:
         "--update-epochs": settings.update_epochs,
         "--total-timesteps": rollout + args.steps,
     }
-    command = [str(args.cleanrl_python.absolute()), str((args.cleanrl / CLEANRL_SCRIPTS[args.family]).resolve())]
+    command = [args.cleanrl_python, str(args.cleanrl_clone / CLEANRL_SCRIPTS[args.family])]
     command += [str(word) for flag in flags.items() for word in flag]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     environment |= {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
@@ -303,13 +309,14 @@ def steady_speed(run_dir: str) -> float:
 
 
 def contestants(args: Args) -> tuple[str, ...]:
-    return (REFERENCE, *((CLEANRL,) if args.cleanrl else ()), *TWINS[args.family])
+    return (REFERENCE, *((CLEANRL,) if args.cleanrl_clone else ()), *TWINS[args.family])
 
 
 def contest(args: Args) -> dict:
     """What one contestant's run measured, with the process's largest memory."""
-    peers = {REFERENCE: stable_baselines3, CLEANRL: cleanrl}
-    measured = peers[args.contestant](args) if args.contestant in peers else ours(args.contestant, args)
+    others = {REFERENCE: stable_baselines3, CLEANRL: cleanrl}
+    measured = others[args.contestant](args) if args.contestant in others else ours(args.contestant, args)
+    # Of a child, Linux counts no less than this process held as it started it (with PyTorch loaded, some 300 MiB).
     who = resource.RUSAGE_CHILDREN if args.contestant == CLEANRL else resource.RUSAGE_SELF
     measured["peak memory, MiB"] = resource.getrusage(who).ru_maxrss / 1024
     if args.device != "cpu" and args.contestant != CLEANRL:
@@ -324,7 +331,7 @@ def measure(name: str, args: Args, clock: bool = False) -> dict:
     command = [sys.executable, __file__, "--family", args.family, "--settings", args.settings, "--device", args.device]
     command += ["--contestant", name, "--steps", str(args.steps), "--threads", str(args.threads)]
     if name == CLEANRL:
-        command += ["--cleanrl", str(args.cleanrl), "--cleanrl-python", str(args.cleanrl_python)]
+        command += ["--cleanrl-clone", str(args.cleanrl_clone), "--cleanrl-python", args.cleanrl_python]
     command += ["--clock"] if clock else []
     return json.loads(output_of(command, name).splitlines()[-1])
 
@@ -337,8 +344,8 @@ def output_of(command: list[str], name: str, **options) -> str:
     return process.stdout
 
 
-def check(args: Args) -> None:
-    """Ends with a one-line error before anything is measured or written."""
+def check(args: Args) -> Args:
+    """Ends with a one-line error before anything is measured or written. Returns them with absolute paths."""
     for name, least in (("rounds", 1), ("steps", 0), ("threads", 0)):
         if getattr(args, name) < least:
             raise SystemExit(f"error: --{name} {getattr(args, name)} is less than {least}")
@@ -351,32 +358,43 @@ def check(args: Args) -> None:
             raise SystemExit("error: --device cuda: PyTorch finds no GPU here")
     if args.settings == "cleanrl" and args.family != "atari":
         raise SystemExit("error: --settings cleanrl is for Atari; the vector scripts' own settings are CleanRL's")
-    if args.clock and args.contestant == "all":
-        raise SystemExit("error: --clock is for one contestant alone: add --contestant")
+    if args.clock and args.contestant not in TWINS[args.family]:
+        raise SystemExit(f"error: --clock is for one script: add --contestant with {' or '.join(TWINS[args.family])}")
+    if args.contestant == CLEANRL and not args.cleanrl_clone:
+        raise SystemExit(f"error: --contestant {CLEANRL} needs --cleanrl-clone")
     if args.contestant not in ("all", *contestants(args)):
         raise SystemExit(f"error: --contestant {args.contestant} is none of {', '.join(contestants(args))}")
-    if args.cleanrl:
-        script = args.cleanrl / CLEANRL_SCRIPTS[args.family]
-        if not script.is_file():
-            raise SystemExit(f"error: --cleanrl {args.cleanrl} is no clone of CleanRL: it has no {script.name}")
-        try:
-            output_of([str(args.cleanrl_python), str(script), "--help"], f"--cleanrl-python: {script}")
-        except OSError as error:
-            raise SystemExit(f"error: --cleanrl-python {args.cleanrl_python}: {error.strerror}") from None
+    _, rollout = settings_of(args)
+    if args.steps % rollout:
+        raise SystemExit(f"error: --steps {args.steps} is not a multiple of the rollout of {rollout} steps")
+    if not args.cleanrl_clone and args.cleanrl_python != Args.cleanrl_python:
+        raise SystemExit("error: --cleanrl-python would do nothing without --cleanrl-clone")
+    if args.cleanrl_clone:
+        name = CLEANRL_SCRIPTS[args.family]
+        if not (args.cleanrl_clone / name).is_file():
+            raise SystemExit(f"error: --cleanrl-clone {args.cleanrl_clone} is no clone of CleanRL: it has no {name}")
+        if not (python := shutil.which(args.cleanrl_python)):
+            raise SystemExit(f"error: --cleanrl-python {args.cleanrl_python} is not a program")
+        output_of([python, str(args.cleanrl_clone / name), "--help"], f"--cleanrl-python: {name}")
+        places = {"cleanrl_clone": args.cleanrl_clone.absolute(), "cleanrl_python": os.path.abspath(python)}
+        args = dataclasses.replace(args, **places)
+    return args
 
 
 def check_output(path: Path, suffix: str, beside: str) -> None:
-    """Makes its folder. Ends with a one-line error if it cannot be written, or would be taken for its neighbour."""
+    """Make its folder. Ends with a one-line error if the name has another suffix, or nothing can be written there."""
     if path.suffix != suffix or path.is_dir():
         raise SystemExit(f"error: --output {path} is not the name of a {suffix} file; {beside}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise SystemExit(f"error: --output {path} cannot be written: {error.strerror}") from None
 
 
 def main(args: Args) -> None:
-    check(args)
+    args = check(args)
     atari = args.family == "atari"
     args = dataclasses.replace(args, steps=args.steps or (4096 if atari else 16384), threads=args.threads or 1 + atari)
     if args.contestant != "all":
@@ -386,6 +404,17 @@ def main(args: Args) -> None:
     suffix += ("" if args.settings == "default" else f"_{args.settings}") + ("" if args.device == "cpu" else "_cuda")
     output = args.output or Path(f"benchmark/results/speed{suffix}.md")
     check_output(output, ".md", "the data go into .csv beside it")
+    simulator = "ale-py" if atari else "mujoco"
+    packages = ("torch", simulator, "gymnasium", "stable-baselines3")
+    command = f"python benchmark/speed.py --family {args.family} --settings {args.settings} --rounds {args.rounds}"
+    command += f" --steps {args.steps} --threads {args.threads} --device {args.device}"
+    command += " --cleanrl-clone CLONE --cleanrl-python PYTHON" if args.cleanrl_clone else ""
+    heading = f"`{command}` on {machine(args.device)}, Python {platform.python_version()}, "
+    heading += f"{', '.join(f'{name} {version(name)}' for name in packages)}."
+    if args.cleanrl_clone:
+        names = ("torch", simulator, "gymnasium")
+        ask = f"from importlib.metadata import version as v; print(*(f'{{n}} {{v(n)}}' for n in {names}), sep=', ')"
+        heading += f" CleanRL with {output_of([args.cleanrl_python, '-c', ask], CLEANRL).strip()}."
     rounds = [{} for _ in range(args.rounds)]
     for measured in rounds:
         for name in contestants(args):
@@ -399,17 +428,6 @@ def main(args: Args) -> None:
         for number, measured in [*enumerate(rounds, start=1), ("clocked", clocked)]:
             for name, quantities in measured.items():
                 writer.writerows([name, number, quantity, f"{value:.6g}"] for quantity, value in quantities.items())
-    simulator = "ale-py" if atari else "mujoco"
-    packages = ("torch", simulator, "gymnasium", "stable-baselines3")
-    command = f"python benchmark/speed.py --family {args.family} --settings {args.settings} --rounds {args.rounds}"
-    command += f" --steps {args.steps} --threads {args.threads} --device {args.device}"
-    command += " --cleanrl CLONE --cleanrl-python PYTHON" if args.cleanrl else ""
-    heading = f"`{command}` on {machine(args.device)}, Python {platform.python_version()}, "
-    heading += f"{', '.join(f'{name} {version(name)}' for name in packages)}."
-    if args.cleanrl:
-        names = ("torch", simulator, "gymnasium")
-        ask = f"from importlib.metadata import version as v; print(*(f'{{n}} {{v(n)}}' for n in {names}), sep=', ')"
-        heading += f" CleanRL with {output_of([str(args.cleanrl_python), '-c', ask], CLEANRL).strip()}."
     text = report(read(output.with_suffix(".csv")), heading)
     output.write_text(text)
     print(text, end="")
@@ -431,7 +449,7 @@ def report(rows: list[dict], heading: str) -> str:
         measured.setdefault(row["round"], {}).setdefault(row["contestant"], {})[row["quantity"]] = float(row["value"])
     clocked = measured.pop("clocked")
     rounds = list(measured.values())
-    *peers, ppo, sprig = names = list(rounds[0])
+    *others, ppo, sprig = names = list(rounds[0])
     lines = [heading, "", f"| | median of {len(rounds)} | lowest | highest |", "|-|-|-|-|"]
 
     def row(title: str, values: list[float], form: str) -> str:
@@ -441,7 +459,7 @@ def report(rows: list[dict], heading: str) -> str:
         return [measured[name]["steps per second"] for measured in rounds]
 
     lines += [row(f"{name}, steps/s", speeds(name), ".0f") for name in names]
-    ratios = {f"PPO's steps per second over {peer}'s": zip(speeds(ppo), speeds(peer)) for peer in peers}
+    ratios = {f"PPO's steps per second over {other}'s": zip(speeds(ppo), speeds(other)) for other in others}
     ratios |= {"SPRIG's time per step over PPO's": zip(speeds(ppo), speeds(sprig))}
     lines += [row(title, [a / b for a, b in pairs], ".2f") for title, pairs in ratios.items()]
     lines += [row(f"{name}, peak memory, MiB", [m[name]["peak memory, MiB"] for m in rounds], ".0f") for name in names]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import decisions
 import numpy as np
 import plot
 import pytest
@@ -111,15 +112,19 @@ def test_damaged_data_are_named_in_one_line_and_nothing_is_written(damage, made)
 
 
 def test_what_was_measured_on_the_patch_task_is_a_table(made):
-    rows = [("joint", 101, 0.3), ("joint", 102, 0.25), ("joint", 103, 0.2)]
-    rows += [("literal", 101, 0.5), ("literal", 103, 0.5), ("PPO", 101, 0.25)]
-    scores = "".join(f"{variant},{seed},2048,{score:.4f}\n" for variant, seed, score in rows)
+    some = list(decisions.VARIANTS)[:2]
+    rows = [(some[0], 103, 0.2), (some[0], 101, 0.3), (some[0], 102, 0.25), (some[1], 101, 0.5), (some[1], 103, 0.5)]
+    scores = "".join(f'"{variant}",{seed},2048,{score:.4f}\n' for variant, seed, score in rows)
     (made.results / "decisions.csv").write_text(f"variant,seed,steps,score\n{scores}")
     made.documents[0].write_text("<!-- table: decisions -->\n<!-- end -->\n")
     plot.main(made)
-    text = made.documents[0].read_text()
-    assert "| joint | 101 to 103 | 0.30, 0.25, 0.20 | 0.25 ± 0.05 |" in text
-    assert "| literal | 2 | 0.50, 0.50 | 0.50 ± 0.00 |\n| PPO | 101 to 101 | 0.25 | 0.25 |" in text
+    assert rows_of(made)[1:] == [
+        [some[0], "101, 102, 103", "0.30, 0.25, 0.20", "0.25 ± 0.05"],
+        [some[1], "101, 103", "0.50, 0.50", "0.50"],
+    ]
+    (made.results / "decisions.csv").write_text("variant,seed,steps,score\nanother,101,2048,0.5\n")
+    with pytest.raises(SystemExit, match="decisions.csv is not a table of .* of today's variants"):
+        plot.main(made)
 
 
 def test_what_the_probe_found_is_a_table(made):
