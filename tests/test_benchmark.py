@@ -416,6 +416,24 @@ def test_cleanrl_takes_part_on_equal_sizes(tmp_path):
         speed.check(args)
 
 
+def test_a_decision_is_measured_and_replaces_its_own_row_alone(tmp_path):
+    path = tmp_path / "decisions.csv"
+    rows = ['"PPO, Nature CNN",7,2048,0.9999', '"PPO, Nature CNN",8,2048,0.9999', "paper literal,7,2048,0.9999"]
+    path.write_text("\n".join(["variant,seed,steps,score", *rows, ""]))
+    command = [sys.executable, "benchmark/decisions.py", "--output", str(path), "--threads", "1", "--steps", "256"]
+    command += ["--seeds", "7", "--variants"]
+    done = subprocess.run([*command, "PPO, Nature CNN"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *_, kept, literal = written = path.read_text().splitlines()
+    assert [kept, literal] == rows[1:] and len(written) == 4
+    score = float(written[1].removeprefix('"PPO, Nature CNN",7,256,'))
+    assert 0.1 < score < 0.5  # chance is 0.25
+    path.write_text("variant,seed,steps,score\nanother,7,2048,0.5\n")
+    done = subprocess.run([*command, "paper literal"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "is not a table of" in done.stderr and done.stderr.count("\n") == 1
+    assert path.read_text() == "variant,seed,steps,score\nanother,7,2048,0.5\n"
+
+
 def test_a_result_goes_nowhere_but_into_its_matrix(folder):
     for changes, message in (
         ({"arm": "b c"}, "--arm b c is not a label"),
