@@ -18,7 +18,9 @@ from pathlib import Path
 
 import tyro
 from collect import fail
+from speed import check_output, read
 
+COLUMNS = ("variant", "seed", "steps", "score")
 VARIANTS = {
     "PPO, Nature CNN": None,
     "ladder 1: SPRIG's networks, joint PPO loss": {"update": "joint"},
@@ -74,14 +76,10 @@ def score(variant: dict | None, seed: int, args: Args) -> float:
         return statistics.mean(e.value for e in events.Scalars("charts/episodic_return")) / PatchEnvs.optimum
 
 
-COLUMNS = ["variant", "seed", "steps", "score"]
-
-
-def read(path: Path) -> list[list[str]]:
+def read_scores(path: Path) -> list[dict]:
     """The rows of an earlier measurement. Ends with a one-line error if they are not of these variants."""
-    with open(path, newline="") as file:
-        head, *rows = [*csv.reader(file)] or [[]]
-    if head != COLUMNS or not rows or {row[0] for row in rows} - set(VARIANTS):
+    rows = read(path, COLUMNS)
+    if {row["variant"] for row in rows} - set(VARIANTS):
         fail(f"{path} is not a table of {', '.join(COLUMNS)} of today's variants; move it away and measure again")
     return rows
 
@@ -89,8 +87,8 @@ def read(path: Path) -> list[list[str]]:
 def report(path: Path) -> tuple[list[str], list[list]]:
     """Head and rows of the table: each variant's scores by seed, their mean and, from 3 on, standard deviation."""
     scores = {}
-    for variant, seed, _, score in read(path):
-        scores.setdefault(variant, {})[int(seed)] = float(score)
+    for row in read_scores(path):
+        scores.setdefault(row["variant"], {})[int(row["seed"])] = float(row["score"])
     rows = []
     for variant, by_seed in scores.items():
         each = [by_seed[seed] for seed in sorted(by_seed)]
@@ -102,16 +100,17 @@ def report(path: Path) -> tuple[list[str], list[list]]:
 def main(args: Args) -> None:
     if unknown := set(args.variants) - set(VARIANTS):
         fail(f"no variant {sorted(unknown)[0]!r}; there are: {', '.join(VARIANTS)}")
-    if args.output.suffix != ".csv":
-        fail(f"--output {args.output} is not the name of a .csv file")
-    rows = read(args.output) if args.output.exists() else []
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(args.output, ".csv", "plot.py makes the table of it")
+    rows = {}
+    if args.output.exists():
+        rows = {(row["variant"], int(row["seed"])): row for row in read_scores(args.output)}
     for name, seed in itertools.product(args.variants, args.seeds):
         result = score(VARIANTS[name], seed, args)
-        rows = [row for row in rows if row[:2] != [name, str(seed)]] + [[name, str(seed), args.steps, f"{result:.4f}"]]
-        rows.sort(key=lambda row: (list(VARIANTS).index(row[0]), int(row[1])))
+        rows[name, seed] = dict(zip(COLUMNS, (name, seed, args.steps, f"{result:.4f}")))
         with open(args.output, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows[key] for key in sorted(rows, key=lambda key: (list(VARIANTS).index(key[0]), key[1])))
         print(f"{name}, seed {seed}: {result:.2f}", flush=True)
 
 

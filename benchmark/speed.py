@@ -284,7 +284,7 @@ def ours(name: str, args: Args) -> dict:
     """One training run. With `clock`, each phase's share of the time, and the limits."""
     script = importlib.import_module(Path(name).stem)
     settings = {"device": args.device, "threads": args.threads, "eval_episodes": 0} | SETTINGS[args.settings]
-    rollout = script.Args(**settings).num_envs * script.Args(**settings).num_steps
+    _, rollout = settings_of(args)
     settings |= {"total_timesteps": rollout + args.steps}
     clock = Clock(args.device)
     steps = watch_phases(script, clock) if args.clock else []
