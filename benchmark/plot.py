@@ -18,7 +18,9 @@ The same for every matrix:
 - A curve has 100 points, each the mean return of the whole games that ended within the 10 % of the steps before it. The
   last one is the final score. The area under the curve, over its length, is the mean of the ten windows of 10 % that
   make up the training ("mean over training").
-- From 12 arms on, whose curves would hide each other, a figure has a row per arm: its mean over training.
+- Every game counts once, however long it is, so that short games weigh more per step than long ones; and of a task that
+  is learnt within the first tenth of the steps a curve shows late what came early.
+- From 7 arms on, whose curves would hide each other, a figure has a row per arm: its mean over training.
 - Against time the same points stand at the seconds at which the run had come so far; a mean over seeds at their mean.
 - Arms are judged by the final score. The mean over training, tested apart, is for tasks that have a highest return.
 - Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own. An arm
@@ -31,12 +33,14 @@ The same for every matrix:
 - Across tasks (Agarwal et al. 2021, arXiv 2108.13264): rliable's interquartile mean, probability of improvement and
   stratified bootstrap, over the seeds that an arm has on every task compared. Scores are scaled so that 1 is the
   reference's mean on the task and 0 a random agent's where it is known, else a return of 0; the reference's mean is
-  drawn anew in every resample.
+  drawn anew in every resample. Tasks that the matrix calls `saturated`, since most seeds of every arm reach the highest
+  return, pull an interquartile mean to 1 and narrow its interval: a second row leaves them out.
 """
 
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -62,7 +66,8 @@ from scipy import optimize, stats
 POINTS = 100  # of a curve
 WINDOW = 0.1  # fraction of a run's steps whose games make a point; the last point is the final score
 FEW, TESTABLE = 3, 5  # seeds from which on there are intervals, and tests
-MANY = 12  # arms whose curves would hide each other: each gets a row instead
+MANY = 7  # arms whose curves would hide each other: each gets a row instead
+SEEDS = 3  # arms up to which a figure has room for every seed's curve beside their mean
 RESAMPLES = 20_000  # with 2000 the ends of a wide interval hang on the random numbers
 SCORES = {"final": "final return", "area": "mean over training"}  # a run's, and what the tables call them
 COLUMNS = ("agent_steps", "seconds", "episodic_return")
@@ -77,8 +82,10 @@ PUBLISHED = {  # of PPO: what it is, and each source's return
 LEVELS = ("headline", "beamrider", "mujoco")  # matrices that show them: the tasks are undisturbed
 # Matrices that show Figure 2, its task, and its column for each arm.
 PAPER = (("headline", "beamrider"), "BeamRiderNoFrameskip-v4", {"ppo": "ppo_mean", "sprig": "sprig_mean"})
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
-STYLES = [{"color": colour, "linestyle": line} for line in ("-", "--", ":") for colour in COLOURS]
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")  # Okabe and Ito's
+# Arms of the same kind have the same of these in every figure; other arms have what a figure leaves free.
+KINDS = {"ppo": 0, "a0": 0, "sprig": 1, "a6": 1, "joint": 2, "a1": 2, "sprig-value": 3, "a6v": 3}
+KINDS |= {"sprig-literal": 4, "a5": 4, "ppo-kl": 5, "a0k": 5}
 GREY = "#666666"
 
 
@@ -103,6 +110,7 @@ class Matrix:
     titles: dict[str, str]  # arm -> title; the first is the reference
     lengths: dict[str, int]  # arm -> agent steps asked for
     origins: dict[str, str]  # arm -> the matrix whose runs begin with it (see `beginning_of` in run.py)
+    saturated: list[str]  # of the tasks, those on which most seeds of every arm reach the highest return
 
 
 @dataclass
@@ -138,7 +146,8 @@ def read_matrix(path: Path) -> Matrix:
         lengths = {arm: int(own.get("total-timesteps", 0)) for arm, own in flags.items()}
         origins = {arm: own["beginning_of"] for arm, own in record["arms"].items() if "beginning_of" in own}
         tasks = [task.replace("/", "-") for task in record["tasks"]]
-        return Matrix(path.stem, record["question"], tasks, record["seeds"], titles, lengths, origins)
+        saturated = [task.replace("/", "-") for task in record.get("saturated", [])]
+        return Matrix(path.stem, record["question"], tasks, record["seeds"], titles, lengths, origins, saturated)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f"{path} is no TOML file: {error}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -376,7 +385,7 @@ def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
 
 
 def aggregate(matrix: Matrix, runs: dict, score: str) -> tuple[list[list], list[str]]:
-    """Per arm, a row across tasks; and the tasks left out, with reasons."""
+    """Per arm, a row across tasks, one without saturated ones if there are any; and tasks left out, with reasons."""
     reference, *arms = matrix.titles
     rows, left_out = [], []
     for arm in arms:
@@ -399,14 +408,16 @@ def aggregate(matrix: Matrix, runs: dict, score: str) -> tuple[list[list], list[
         if not all(shared):
             left_out.append(f"{matrix.titles[arm]} (no seed that finished every task)")
             continue
-        x, base = (np.array([[scores[task][i][s] for task in scores] for s in shared[i]]) for i in (0, 1))
-        row = [matrix.titles[arm], ", ".join(scores), f"{len(x)} and {len(base)}"]
-        for statistic in (relative_iqm, improvement):
-            if min(len(x), len(base)) < FEW:
-                row.append(f"{statistic(x, base):.2f} (too few seeds for an interval)")
-            else:
-                row.append("{:.2f} [{:.2f}, {:.2f}]".format(*across_tasks(x, base, statistic)))
-        rows.append(row)
+        unsaturated = [task for task in scores if task not in matrix.saturated]
+        for tasks in [list(scores)] + [unsaturated] * (0 < len(unsaturated) < len(scores)):
+            x, base = (np.array([[scores[task][i][s] for task in tasks] for s in shared[i]]) for i in (0, 1))
+            row = [matrix.titles[arm], ", ".join(tasks), f"{len(x)} and {len(base)}"]
+            for statistic in (relative_iqm, improvement):
+                if min(len(x), len(base)) < FEW:
+                    row.append(f"{statistic(x, base):.2f} (too few seeds for an interval)")
+                else:
+                    row.append("{:.2f} [{:.2f}, {:.2f}]".format(*across_tasks(x, base, statistic)))
+            rows.append(row)
     return rows, left_out
 
 
@@ -456,18 +467,31 @@ def command(matrix: Matrix) -> str:
 # ---------------------------------------------------------------- figures
 
 
-def draw_group(axis, group: list[Run], x: np.ndarray, style: dict[str, str], alpha: float) -> None:
-    """A line per seed if they are few, else their mean and its band, of opacity `alpha`; x (POINTS, seeds)."""
+def line_styles(matrix: Matrix) -> dict[str, dict]:
+    """Of each arm. The reference lies above the others, which might hide it."""
+    free = [kind for kind in reversed(range(len(COLOURS))) if kind not in map(KINDS.get, matrix.titles)]
+    others, styles = itertools.product(("-", "--", ":"), free), {}
+    for arm in matrix.titles:
+        line, kind = ("-", KINDS[arm]) if arm in KINDS else next(others)
+        styles[arm] = {"color": COLOURS[kind], "linestyle": line, "zorder": 2 + 0.1 * (not styles)}
+    return styles
+
+
+def draw_group(axis, group: list[Run], x: np.ndarray, style: dict, seeds: bool) -> None:
+    """A line per seed if they are few, else their mean and its band, with or without `seeds`; x (POINTS, seeds)."""
     curves = np.array([run.curve for run in group])  # (seeds, points)
     if len(group) < FEW:
         axis.plot(x, curves.T, **style, linewidth=1.1)
         return
+    if seeds:
+        axis.plot(x, curves.T, **style, linewidth=0.6, alpha=0.45)
     x = x.mean(1)
     axis.plot(x, curves.mean(0), **style, linewidth=1.8)
     known = np.isfinite(curves).all(0)
     if known.any():
-        low, high = interval(lambda sample: sample.mean(-1), curves.T[known])
-        axis.fill_between(x[known], low, high, color=style["color"], alpha=alpha, linewidth=0)
+        band = np.full((2, POINTS), np.nan)  # open where a seed has no game to show
+        band[:, known] = interval(lambda sample: sample.mean(-1), curves.T[known])
+        axis.fill_between(x, *band, color=style["color"], alpha=0.12, linewidth=0)
 
 
 def draw_paper(axis, path: Path, styles: dict[str, dict], total: float, unit: float) -> None:
@@ -487,24 +511,20 @@ def draw_paper(axis, path: Path, styles: dict[str, dict], total: float, unit: fl
 
 
 def draw_levels(axis, task: str) -> None:
-    """Published levels of PPO: a line where the curves' range allows it, else a note above the panel."""
+    """Published levels of PPO: a line where the curves' range allows it, and a note in a corner."""
     if task not in PUBLISHED:
         return
     setting, levels = PUBLISHED[task]
     low, high = axis.get_ylim()
-    beyond = []
+    words = {True: [], False: []}  # in range or not
     for source, level in levels.items():
+        words[low <= level <= high].append(f"{source} {level}")
         if low <= level <= high:
             axis.axhline(level, color=GREY, linewidth=0.8)
-            below = level > high - 0.12 * (high - low)  # else the words would meet the title
-            place = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points"}
-            place |= {"va": "top", "xytext": (0, -2)} if below else {"va": "bottom", "xytext": (0, 2)}
-            axis.annotate(f"PPO {level} ({source}, {setting})", (0.01, level), color=GREY, fontsize=7, **place)
-        else:
-            beyond.append(f"{source} {level}")
-    if beyond:
-        text = f"not in range, published PPO ({setting}):\n{', '.join(beyond)}"
-        axis.annotate(text, (0.99, 0.01), xycoords="axes fraction", color=GREY, fontsize=7, ha="right", va="bottom")
+    notes = {"grey line": words[True], "not in range": words[False]}
+    lines = [f"{note}: {', '.join(sources)}" for note, sources in notes.items() if sources]
+    text = "\n".join([f"published PPO, {setting}", *lines])
+    axis.annotate(text, (0.99, 0.01), xycoords="axes fraction", color=GREY, fontsize=7, ha="right", va="bottom")
 
 
 def legend_columns(labels: list[str], width: float) -> int:
@@ -535,7 +555,7 @@ def draw_rows(matrix: Matrix, runs: dict) -> Figure:
             if steps != longest:
                 continue
             row, areas = arms.index(arm), np.array([run.area for run in group])
-            colour = COLOURS[1] if arm == arms[0] else COLOURS[0]
+            colour = COLOURS[KINDS[arm]] if arm in KINDS else GREY
             axis.plot(areas, np.full(len(areas), row), "|", color=GREY, markersize=5)
             axis.plot(areas.mean(), row, "o", color=colour, markersize=4)
             if len(group) >= FEW:
@@ -565,8 +585,7 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat[2 * len(tasks) :] if not wide else ():
         panel.set_axis_off()
-    styles = {arm: STYLES[i % len(STYLES)] for i, arm in enumerate(matrix.titles)}
-    alpha = 0.2 if len(matrix.titles) < 6 else 0.1  # many bands one above the other
+    styles, seeds = line_styles(matrix), len(matrix.titles) <= SEEDS
     counts = {arm: set() for arm in matrix.titles}  # numbers of seeds
     for i, (task, groups) in enumerate(runs.items()):
         row, column = 2 * (i // columns), i % columns
@@ -579,10 +598,10 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
             if all(len(run.games) for run in group):
                 times[key] = np.array([np.interp(grid, run.games[:, 0], run.games[:, 1]) for run in group]).T
             counts[key[1]].add(len(group))
-            draw_group(left, group, np.tile(grid[:, None] / unit, len(group)), styles[key[1]], alpha)
+            draw_group(left, group, np.tile(grid[:, None] / unit, len(group)), styles[key[1]], seeds)
         hours = max((time.max() for time in times.values()), default=0) > 2 * 3600
         for key, time in times.items():
-            draw_group(right, groups[key], time / (3600 if hours else 60), styles[key[1]], alpha)
+            draw_group(right, groups[key], time / (3600 if hours else 60), styles[key[1]], seeds)
         if matrix.name in PAPER[0] and task == PAPER[1] and set(PAPER[2]) <= set(styles):
             draw_paper(left, results / "figure2_beamrider.csv", styles, longest, unit)
         for axis in (left, right):
@@ -603,15 +622,15 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
     for panel in panels[:, 0]:
         panel.set_ylabel("return of a whole game", fontsize=8)
     shown = [arm for arm in matrix.titles if counts[arm]]
-    seeds = ["–".join(str(n) for n in sorted({min(counts[arm]), max(counts[arm])})) for arm in shown]
-    legend = {f"{matrix.titles[arm]} (seeds: {n})": Line2D([], [], **styles[arm]) for arm, n in zip(shown, seeds)}
+    numbers = ["–".join(str(n) for n in sorted({min(counts[arm]), max(counts[arm])})) for arm in shown]
+    legend = {f"{matrix.titles[arm]} (seeds: {n})": Line2D([], [], **styles[arm]) for arm, n in zip(shown, numbers)}
     for panel in panels.flat:  # the paper's curves and a random agent's
         legend |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels()) if label not in legend}
     place = {"loc": "outside upper center", "fontsize": 8, "frameon": False}
     figure.legend(legend.values(), legend.keys(), ncols=legend_columns(list(legend), size[0]), **place)
     sizes = set.union(*counts.values())
     notes = [f"a line per seed (fewer than {FEW})"] * (min(sizes) < FEW)
-    notes += ["mean over seeds and 95 % bootstrap band"] * (max(sizes) >= FEW)
+    notes += [f"mean over seeds and 95 % bootstrap band{', thin: the seeds' * seeds}"] * (max(sizes) >= FEW)
     note = f"{' or '.join(notes)}; each point: games of the {WINDOW:.0%} of training before it".capitalize()
     return with_note(figure, note)
 

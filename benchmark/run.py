@@ -55,8 +55,9 @@ from collect import LABEL, export, fail, hardware, result_path, write
 SCRIPTS = ("ppo_atari_baseline.py", "ppo_continuous_baseline.py", "sprig_atari.py", "sprig_continuous.py")
 OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate", "threads")  # which this program sets (threads: cpus)
 TOP_KEYS = {"question": str, "tasks": list, "seeds": list, "cpus": int, "gpus": float, "flags": dict, "arms": dict}
+TOP_KEYS |= {"saturated": list}  # which plot.py reads
 ARM_KEYS = {"title": str, "script": str, "flags": dict, "beginning_of": str}
-OPTIONAL = ("cpus", "gpus", "flags", "beginning_of")
+OPTIONAL = ("cpus", "gpus", "flags", "beginning_of", "saturated")
 
 
 @dataclass
@@ -167,6 +168,8 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
             fail(f"{path}: {key} = {matrix[key]} is not a list of {kind.__name__}, at least one")
         if double := [value for value in matrix[key] if matrix[key].count(value) > 1]:
             fail(f"{path}: {key} has {double[0]} twice")
+    if strange := set(matrix.get("saturated", [])) - set(tasks):
+        fail(f"{path}: saturated has {strange.pop()!r}, which is not one of the tasks")
     if cpus < 1:
         fail(f"{path}: cpus must be at least 1, not {cpus}")
     if not 0 <= gpus <= 1:

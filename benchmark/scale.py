@@ -58,6 +58,13 @@ ROLLOUT = 32  # steps
 COLUMNS = ("family", "script", "sweep", "size", "round", "seconds", "megaflop", "peak memory, MiB")
 COLOURS = {"PPO": "#0072b2", "SPRIG": "#d55e00"}
 UNITS = {"environments": "a rollout of 32 steps", "processes": "1000 agent steps"}  # whose time it is
+SIZES = {
+    "environments": "environments",
+    "minibatch": "transitions in a minibatch",
+    "resolution": "pixels along a side",
+    "entries": "entries of an observation",
+    "processes": "processes",
+}
 
 
 @dataclass
@@ -249,6 +256,7 @@ def draw(rows: list[dict]):
         above.set_ylabel(f"ms: {UNITS.get(sweep, 'a gradient step')}", fontsize=8)
         below.set_ylabel("peak memory, MiB", fontsize=8)
         for axis in (above, below):
+            axis.set_xlabel(SIZES[sweep], fontsize=8)
             axis.set_xscale("log")
             axis.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
             axis.minorticks_off()

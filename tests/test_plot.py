@@ -327,6 +327,32 @@ def test_tasks_are_joined_by_the_seeds_that_finished_all_of_them(made):
     assert row[2:] == ["2 and 3", "0.50 (too few seeds for an interval)", "0.00 (too few seeds for an interval)"]
 
 
+def test_saturated_tasks_are_left_out_of_a_second_row(made):
+    (made.matrices / "m.toml").write_text('saturated = ["other/Task-v1"]\n' + MATRIX)
+    for seed in (1, 2, 3):
+        for task, ours in (("Task-v1", 15.0), ("other-Task-v1", 10.0)):
+            put(made.results / "m" / task, "ppo", seed, 10.0)
+            put(made.results / "m" / task, "a1", seed, ours)
+    across = [row for row in rows_of(made) if row[0] == "A1"]
+    assert [(row[1], float(row[3].split()[0])) for row in across] == [
+        ("Task-v1, other-Task-v1", pytest.approx((15.5 / 10.5 + 1) / 2, abs=0.01)),
+        ("Task-v1", pytest.approx(15.5 / 10.5, abs=0.01)),
+    ]
+
+
+def test_agents_of_one_kind_have_one_colour_in_every_figure():
+    matrices = [plot.read_matrix(path) for path in sorted((ROOT / "benchmark" / "matrices").glob("*.toml"))]
+    colours = {}
+    for matrix in (matrix for matrix in matrices if len(matrix.titles) < plot.MANY):
+        styles = plot.line_styles(matrix)
+        assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == len(matrix.titles)
+        for arm, style in styles.items():
+            colours.setdefault(matrix.titles[arm], set()).add(style["color"])
+    kinds = "PPO", "SPRIG", "SPRIG's networks, joint loss", "SPRIG, value gradient to the leader"
+    assert all(len(colours[kind]) == 1 for kind in kinds)
+    assert len(set.union(*(colours[kind] for kind in kinds))) == len(kinds)
+
+
 def test_arms_that_the_matrix_does_not_name_are_listed_and_not_drawn(made):
     put(made.results / "m" / "Task-v1", "ppo", 1, 100)
     put(made.results / "m" / "Task-v1", "extra", 1, 100)
@@ -439,17 +465,17 @@ def test_many_arms_get_a_row_each(made):
     folder = made.results / "m" / "Task-v1"
     for seed in (1, 2, 3):
         put(folder, "ppo", seed, 10.0)
-        put(folder, "b7", seed, 20.0 + 10 * seed)
-        put(folder, "b7", seed + 10, 500.0, steps=500)
+        put(folder, "b6", seed, 20.0 + 10 * seed)
+        put(folder, "b6", seed + 10, 500.0, steps=500)
     plot.main(made)
     read = plot.read_matrix(matrix)
     figure = plot.draw(read, plot.read_runs(made.results / "m", read)[0], made.results)
     (axis,) = figure.axes
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["PPO", "B7"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["PPO", "B6"]
     seeds, mean, span = (line.get_xdata() for line in axis.lines if line.get_ydata()[0] == 1)
     assert sorted(seeds) == [30.5, 40.5, 50.5] and np.ravel(mean) == [40.5]
     assert span[0] == pytest.approx(30.5) and span[1] == pytest.approx(50.5)
-    assert plot.description(made.results / "m.png") == plot.describe(figure) and "B7" in plot.describe(figure)
+    assert plot.description(made.results / "m.png") == plot.describe(figure) and "B6" in plot.describe(figure)
 
 
 def test_figure_of_growth_shows_every_point():
