@@ -33,7 +33,8 @@ The same for every matrix:
 - Across tasks (Agarwal et al. 2021, arXiv 2108.13264): rliable's interquartile mean, probability of improvement and
   stratified bootstrap, over the seeds that an arm has on every task compared. Scores are scaled so that 1 is the
   reference's mean on the task and 0 a random agent's where it is known, else a return of 0; the reference's mean is
-  drawn anew in every resample. Tasks that the matrix calls `saturated`, since most seeds of every arm reach the highest
+  drawn anew in every resample. The reference's own interquartile mean stands beside: it is not 1 if its scores are
+  skewed. Tasks that the matrix calls `saturated`, since most seeds of every arm reach the highest
   return, pull an interquartile mean to 1 and narrow its interval: a second row leaves them out.
 """
 
@@ -231,29 +232,33 @@ def mean_difference(x: np.ndarray, reference: np.ndarray, axis: int = -1) -> np.
     return x.mean(axis) - reference.mean(axis)
 
 
+def pooled_deviation(x: np.ndarray, reference: np.ndarray) -> float:
+    n, m = len(x), len(reference)
+    return np.sqrt(((n - 1) * x.var(ddof=1) + (m - 1) * reference.var(ddof=1)) / (n + m - 2))
+
+
 def hedges(x: np.ndarray, reference: np.ndarray) -> float:
     """Difference of means over the pooled standard deviation, with Hedges' correction for few samples."""
-    n, m = len(x), len(reference)
-    pooled = np.sqrt(((n - 1) * x.var(ddof=1) + (m - 1) * reference.var(ddof=1)) / (n + m - 2))
-    return (1 - 3 / (4 * (n + m) - 9)) * mean_difference(x, reference) / pooled
+    correction = 1 - 3 / (4 * (len(x) + len(reference)) - 9)
+    return correction * mean_difference(x, reference) / pooled_deviation(x, reference)
 
 
 def hedges_interval(x: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """95 % interval of `hedges`, for normal samples of equal variance, by noncentral t (Hedges and Olkin 1985).
 
-    The ends are the effects under which t would be no larger in 97.5 % and in 2.5 % of cases: SciPy's noncentral t
-    fails far out, so its distribution is added up over 2000 quantiles of the pooled standard deviation.
+    The ends are the effects (without the correction) under which t would be no larger in 97.5 % and in 2.5 % of cases:
+    SciPy's noncentral t fails far out, so its distribution is added up over 2000 quantiles of the pooled deviation.
     """
     n, m = len(x), len(reference)
-    g_per_t = (1 - 3 / (4 * (n + m) - 9)) * np.sqrt(1 / n + 1 / m)
-    t = hedges(x, reference) / g_per_t
+    effect_per_t = np.sqrt(1 / n + 1 / m)
+    t = mean_difference(x, reference) / effect_per_t / pooled_deviation(x, reference)
     spread = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, n + m - 2) / (n + m - 2))
     reach = 10 + 4 * abs(t)
     low, high = (
         optimize.brentq(lambda shift, share=share: stats.norm.cdf(t * spread - shift).mean() - share, -reach, reach)
         for share in (0.975, 0.025)
     )
-    return low * g_per_t, high * g_per_t
+    return low * effect_per_t, high * effect_per_t
 
 
 def permutation_test(x: np.ndarray, reference: np.ndarray) -> float:
@@ -370,7 +375,7 @@ def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
             row = [task, f"{steps:,}", matrix.titles[arm], f"{len(x)} and {len(base)}", ratio]
             row += [number(mean_difference(x, base)), *["too few seeds"] * 3]
             if seeds >= TESTABLE:
-                row[6:] = ["no spread", float(x.mean() == base.mean()), permutation_test(x, base)]
+                row[6:] = ["no spread", 1.0 if x.mean() == base.mean() else np.nan, permutation_test(x, base)]
                 if np.ptp(x) + np.ptp(base) > 0:  # a task with a highest return may be solved by every seed of both
                     welch = stats.ttest_ind(x, base, equal_var=False)
                     row[5] += " [{}, {}]".format(*map(number, welch.confidence_interval()))
@@ -379,8 +384,9 @@ def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
                 tested.append(row)
             rows.append(row)
         for column in (7, 8):
-            for row, p in zip(tested, holm([row[column] for row in tested])):
-                row[column] = p_value(p)
+            adjusted = iter(holm([row[column] for row in tested if not np.isnan(row[column])]))
+            for row in tested:
+                row[column] = "no spread" if np.isnan(row[column]) else p_value(next(adjusted))
     return rows
 
 
@@ -417,7 +423,7 @@ def aggregate(matrix: Matrix, runs: dict, score: str) -> tuple[list[list], list[
                     row.append(f"{statistic(x, base):.2f} (too few seeds for an interval)")
                 else:
                     row.append("{:.2f} [{:.2f}, {:.2f}]".format(*across_tasks(x, base, statistic)))
-            rows.append(row)
+            rows.append([*row, f"{relative_iqm(base, base):.2f}"])
     return rows, left_out
 
 
@@ -432,6 +438,7 @@ def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
     rows, left_out = aggregate(matrix, runs, score)
     if rows:
         head = ["arm", "tasks", "seeds", "interquartile mean", f"probability of improvement over {reference}"]
+        head.append(f"interquartile mean of {reference} itself")
         zeros = [f"{task} {RANDOM[task]}" for task in runs if task in RANDOM]
         zero = f"a random agent's ({', '.join(zeros)})" if zeros else "a return of 0"
         text += f"\n\nAcross tasks, a score of 1 is {reference}'s mean and 0 is {zero}:\n\n{render(head, rows)}"

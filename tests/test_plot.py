@@ -195,8 +195,9 @@ def test_bootstrap_intervals_of_few_seeds_are_too_narrow(seeds, share):
     pairs = np.random.default_rng(2).normal(0, 1, (600, 2, seeds))
     means = covered(pairs, 0, lambda pair: plot.interval(lambda sample: sample.mean(-1), pair[0]))
     assert means == pytest.approx(share, abs=0.05)
-    sizes = covered(pairs + [[1], [0]], 1, lambda pair: plot.hedges_interval(*pair))
-    assert sizes == pytest.approx(0.95, abs=0.035)
+    for size in (1, 4):
+        sizes = covered(pairs + [[size], [0]], size, lambda pair: plot.hedges_interval(*pair))
+        assert sizes == pytest.approx(0.95, abs=0.02)
 
 
 def test_the_bootstrap_of_an_interquartile_mean_over_tasks_is_a_little_too_narrow(monkeypatch):
@@ -279,6 +280,10 @@ def test_a_task_that_every_seed_solves_has_no_spread_and_no_difference(made):
             put(made.results / "m" / "Task-v1", arm, seed, 1000)
     (row,) = (row for row in rows_of(made) if row[2:4] == ["A1", "5 and 5"])
     assert row[4:] == ["1.00 [1.00, 1.00]", "0.0", "no spread", "1.000", "1.000"]
+    for seed in range(1, 6):
+        put(made.results / "m" / "Task-v1", "a1", seed, 900)
+    (row,) = (row for row in rows_of(made) if row[2:4] == ["A1", "5 and 5"])
+    assert row[5:] == ["-100", "no spread", "no spread", "0.008"]
 
 
 def test_who_learns_later_is_behind_over_training_alone(made):
@@ -324,7 +329,8 @@ def test_tasks_are_joined_by_the_seeds_that_finished_all_of_them(made):
             if seed < 3 or task == "Task-v1":
                 put(made.results / "m" / task, "a1", seed, 50)
     (row,) = (row for row in rows_of(made) if row[:2] == ["A1", "Task-v1, other-Task-v1"])
-    assert row[2:] == ["2 and 3", "0.50 (too few seeds for an interval)", "0.00 (too few seeds for an interval)"]
+    too_few = "(too few seeds for an interval)"
+    assert row[2:] == ["2 and 3", f"0.50 {too_few}", f"0.00 {too_few}", "1.00"]
 
 
 def test_saturated_tasks_are_left_out_of_a_second_row(made):
