@@ -31,7 +31,10 @@ running statistics; an encoder that only normalises; heads of two tanh layers ea
 else is the same code.
 
 This file names its encoder `Leader` and its heads `Follower`, as sprig_continuous.py does, so that
-`diff -y ppo_continuous_baseline.py sprig_continuous.py` shows the algorithm and nothing else.
+`diff -y -W 250 ppo_continuous_baseline.py sprig_continuous.py` shows the algorithm and nothing else.
+
+Read first: Args, Leader, Follower, the losses, update and joint_step (some 250 lines). Then collect_rollout and
+compute_gae. The rest is machinery: checks, set-up of the process, logging, checkpoints.
 """
 
 import contextlib
@@ -61,7 +64,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-if __name__ == "__main__":  # read when torch is loaded: idle threads spin briefly, then free the cores
+if __name__ == "__main__":  # OpenMP reads it when torch is loaded: idle threads soon stop spinning and free their cores
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import gymnasium as gym
@@ -86,13 +89,14 @@ class Args:
     total_timesteps: int = 1_000_000
     """agent steps in all, over all environments; rounded down to whole rollouts"""
     run_dir: str = ""
-    """folder of the run, new or empty (default: runs/<env>__<script>__<seed>__<time>)"""
+    """folder of the run, new or empty (if not given: runs/<env>__<script>__<seed>__<time>)"""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one"""
     threads: int = 1
     """CPU threads of the networks, for which one is usually the fastest (0: as many as there are cores)"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """matrix products: highest: float32; high: TF32 if supported; medium: bfloat16 on CPUs with AMX (docs/speed.md)"""
+    """how matrix products round (docs/speed.md). highest: float32; high: TF32 where supported;
+    medium: bfloat16 on CPUs with AMX"""
     compile: bool = False
     """torch.compile the policy and the gradient step: half a minute at the start, then faster steps"""
     eval_episodes: int = 10
@@ -156,10 +160,16 @@ class Args:
     max_grad_norm: float = 0.5
     """largest gradient norm of a step"""
     target_kl: float | None = None
-    """start no further epoch once an epoch's mean approximate KL exceeds this"""
+    """stop a rollout's epochs once the mean approximate KL of one of them exceeds this"""
 
 
+# -- Checks and set-up of the process: no part of the algorithm -------------------------------------
 DEFAULT_THREADS = torch.get_num_threads()  # as many as there are cores, or as OMP_NUM_THREADS says
+
+
+def flag(name: str) -> str:
+    """A field of `Args` as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def fail(message: str):
@@ -169,7 +179,7 @@ def fail(message: str):
 
 
 def check_types(args: Args) -> Args:
-    """Raises ValueError if a field is not of its type. The command line sees to that; a caller or a file need not."""
+    """Raises ValueError if a field is not of its type: the command line checks that, main(Args(...)) does not."""
     for name, hint in get_type_hints(Args).items():
         value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
         if isinstance(value, Path) and str in kinds:
@@ -177,12 +187,12 @@ def check_types(args: Args) -> Args:
         fits = value in kinds if get_origin(hint) is Literal else type(value) in kinds
         if not fits and not (type(value) is int and float in kinds):
             wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
+            raise ValueError(f"{flag(name)} must be {wanted}, not {value!r}")
     return args
 
 
 def check_args(args: Args) -> Args:
-    """Refuse, before anything is written or trained, whatever could only go wrong later."""
+    """Refuse, before anything is written, what would only fail later. Returns the arguments as they will be used."""
     try:
         args = check_types(args)
     except ValueError as error:
@@ -202,9 +212,9 @@ def check_args(args: Args) -> Args:
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not holds(value):  # NaN fails every bound
-                fail(f"--{name.replace('_', '-')} {rule}, not {value}")
+                fail(f"{flag(name)} {rule}, not {value}")
             if value == np.inf:
-                fail(f"--{name.replace('_', '-')} must be finite")
+                fail(f"{flag(name)} must be finite")
     if args.seed >= 2**32:
         fail(f"--seed must be less than 2**32, not {args.seed}")
     if args.resume and args.evaluate:
@@ -219,11 +229,11 @@ def check_args(args: Args) -> Args:
         fail("WORLD_SIZE is set, but not all that torchrun sets beside it: start with torchrun, or unset WORLD_SIZE")
     for name in ("num_envs", "minibatch_size"):
         if getattr(args, name) % int(os.environ.get("WORLD_SIZE", 1)):
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            fail(f"{flag} cannot be split evenly over {os.environ['WORLD_SIZE']} processes")
+            fail(f"{flag(name)} {getattr(args, name)} cannot be split evenly over {os.environ['WORLD_SIZE']} processes")
     if args.total_timesteps < rollout_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
-    if {"rollout": rollout_size, "minibatch": args.minibatch_size, "none": 2}[args.norm_adv] < 2:
+    samples = rollout_size if args.norm_adv == "rollout" else args.minibatch_size
+    if args.norm_adv != "none" and samples < 2:
         fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; use more, or set none")
     if args.compile and not args.evaluate:
         compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
@@ -242,16 +252,6 @@ def check_args(args: Args) -> Args:
     return args
 
 
-def keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed tensors: faulting it in anew takes a tenth of an update's time."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library, with other habits
-    for parameter, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):  # trim threshold, top pad, mmap threshold
-        mallopt(parameter, size)
-
-
 def set_matmul_precision(precision: str) -> None:
     """For all matrix products in float32 from here on; on AMD processors without AMX "high" means "medium".
 
@@ -264,18 +264,6 @@ def set_matmul_precision(precision: str) -> None:
         precision = "medium"  # on a GPU the same as "high"
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = precision != "highest"  # convolutions
-
-
-def prepare_compiler() -> None:
-    """Let `torch.compile` trace derivatives, not warn of what is intended, nor free what a second backward needs."""
-    from torch._dynamo import config as tracing
-    from torch._functorch import config
-
-    if hasattr(tracing, "trace_autograd_ops"):  # older versions cut the step at each derivative
-        tracing.trace_autograd_ops = True
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
-    logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)  # the optimizer's profiling
-    config.donated_buffer = False
 
 
 def pick_device(name: str) -> torch.device:
@@ -317,16 +305,6 @@ EXTRAS = {  # by the module that an id is made in: what has to be installed for 
     "gymnasium.envs.mujoco": "mujoco==3.17.0 imageio==2.38.1",
     "gymnasium.envs.box2d": "box2d==2.3.10 pygame==2.6.1",
     "shimmy": "shimmy==2.0.1 dm_control==1.0.50 mujoco==3.17.0 imageio==2.38.1 h5py==3.16.0",
-}
-ENTRY_NAMES = {  # Gymnasium documents these; those of MuJoCo and DM Control can be asked for (see observation_names)
-    "CartPole": "position, velocity, angle, angular velocity",
-    "Pendulum": "cos angle, sin angle, angular velocity",
-    "Acrobot": "cos angle 1, sin angle 1, cos angle 2, sin angle 2, angular velocity 1, angular velocity 2",
-    "MountainCar": "position, velocity",
-    "LunarLander": "x, y, velocity x, velocity y, angle, angular velocity, left leg down, right leg down",
-    "BipedalWalker": "hull angle, hull angular velocity, velocity x, velocity y, hip 1, hip 1 speed, knee 1, "
-    "knee 1 speed, leg 1 down, hip 2, hip 2 speed, knee 2, knee 2 speed, leg 2 down, "
-    + ", ".join(f"lidar {i}" for i in range(10)),
 }
 
 
@@ -440,32 +418,6 @@ def env_protocol(args: Args) -> dict:
     }
 
 
-def observation_names(args: Args) -> list[str]:
-    """What each entry of the observation is called, as far as that is known; else its number."""
-    env = make_env(args)
-    core, size = env.unwrapped, env.observation_space.shape[0]
-    if isinstance(core.observation_space, gym.spaces.Dict):
-        spaces = core.observation_space.items()
-        names = [f"{key} {i}" for key, space in spaces for i in range(gym.spaces.flatdim(space))]
-    elif hasattr(core, "observation_structure"):  # MuJoCo: positions and velocities of joints, then the rest
-        model, parts = core.model, dict(core.observation_structure)
-        joints = [model.joint(i) for i in range(model.njnt)]
-        position, velocity = (
-            [f"{kind} {joint.name}" for joint in joints for _ in getattr(joint, attribute)]
-            for kind, attribute in (("pos", "qpos0"), ("vel", "damping"))
-        )
-        names = position[parts.pop("skipped_qpos", 0) :] + velocity
-        parts = {key: count for key, count in parts.items() if key not in ("qpos", "qvel")}
-        names += [f"{key} {i}" for key, count in parts.items() for i in range(count)]
-    else:
-        task = args.env_id.rpartition("-")[0].removesuffix("Continuous").removesuffix("Hardcore")
-        names = ENTRY_NAMES[task].split(", ") if task in ENTRY_NAMES else []
-    env.close()
-    if len(names) != size:
-        names = [str(i) for i in range(size)]
-    return names + [f"noise {i}" for i in range(args.distractors)]
-
-
 class Disturbed(gym.vector.VectorWrapper):
     """The robustness switches: noise and distractors in what is observed, delay in what is paid.
 
@@ -528,7 +480,7 @@ def make_envs(args: Args, render_mode: str | None = None) -> gym.vector.VectorEn
 
 
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
-    """(N,) seeds, one per game. Streams: 0 training, 1 evaluation; others are free (watch.py, benchmark/).
+    """(N,) seeds, one per game. Streams: 0 training, 1 evaluation, 2 and 3 watch.py and benchmark/, 4 processes' draws.
 
     Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games. Zeros at the end of
     a stream do not count: 2 and 2, 0 are the same.
@@ -566,15 +518,15 @@ class RunningMoments(nn.Module):
         number = len(x) * processes()[1]
         weight, shift = number / (self.count + number), mean - self.mean  # weight: the share of the new values
         self.mean += weight * shift
-        self.var += weight * (var - self.var + (1 - weight) * shift**2)  # the last term is due to the means' distance
+        self.var += weight * (var - self.var + (1 - weight) * shift**2)  # last term: the means differ
         self.count += number
 
 
 class Normaliser(nn.Module):
     """Puts observations and rewards on a common scale, by the statistics of the rollouts so far.
 
-    Observations: each entry's mean and variance over the rollouts before this one (in the first: raw). So a policy is
-    updated on just what it saw when it acted; OpenAI's baselines update the statistics at each step.
+    Observations: each entry's mean and variance over the rollouts before this one (in the first: 0 and 1). So a policy
+    is updated on just what it saw when it acted; OpenAI's baselines update the statistics at each step.
     Rewards: divided by the standard deviation, up to and with this rollout, of the discounted sum of an episode's
     rewards so far (as in OpenAI's baselines); their mean is kept.
     """
@@ -683,7 +635,7 @@ def action_distribution(logits: torch.Tensor) -> Distribution:
 
 
 def sample(policy: Distribution) -> torch.Tensor:
-    """The draws of policy.sample(), without its checks, which would make the host wait for a GPU."""
+    """Draws what policy.sample() draws, without its checks, which make the host wait for a GPU."""
     if isinstance(policy, Categorical):
         return (policy.probs / torch.empty_like(policy.probs).exponential_()).argmax(-1)
     return policy.rsample()
@@ -706,7 +658,9 @@ class Rollout(NamedTuple):
 
 
 def allocate_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Rollout:
-    """Memory for a rollout. Images lie as (T, N, H, W, C) and are seen as (T, N, C, H, W): convolutions like that."""
+    """Memory for a rollout. Images are stored as (T, N, H, W, C), which is fast to convolve, and seen as
+    (T, N, C, H, W).
+    """
     (channels, *size), action_space = envs.single_observation_space.shape, envs.single_action_space
     dtypes = {"u": torch.uint8, "i": torch.long, "f": torch.float32}  # by NumPy's kind
     shape = (args.num_steps, args.num_envs)
@@ -867,7 +821,7 @@ def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tenso
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
+    """Zero mean and unit variance, over the values of all processes (each holds equally many)."""
     mean, num_processes = x.mean(), processes()[1]
     average([mean])
     # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
@@ -898,8 +852,8 @@ def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch
     loss, info = follower_loss(logits, values, minibatch, args)
     parameters = [parameter for player in (leader, follower) for parameter in named_parameters(player).values()]
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    optimizers, players = [leader_optimizer, follower_optimizer], {"leader": leader, "follower": follower}
-    info["losses/grad_norm"] = descend(optimizers, loss.detach(), gradients, args.max_grad_norm, **players)
+    optimizers = [leader_optimizer, follower_optimizer]
+    info["losses/grad_norm"] = descend(optimizers, gradients, args.max_grad_norm, leader=leader, follower=follower)
     return info
 
 
@@ -910,31 +864,30 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
     return minibatch
 
 
-def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module):
+def descend(optimizers: list, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module) -> torch.Tensor:
     """One step of the players down their `gradients`, averaged over processes and clipped to the norm `max_norm`.
 
-    Returns the norm before clipping. Raises FloatingPointError, naming the first tensor that is not finite,
-    before any harm is done; on a GPU, where a check means waiting, and compiled, `mean_info` makes it after the epochs.
+    Returns the norm before clipping. If it is not finite, raises FloatingPointError before the step, which names the
+    first tensor to blame. On a GPU, where a check means waiting, and compiled, `mean_info` checks after the epochs.
     """
     gradient = flatten(gradients)
     average([gradient])
     norm = gradient.square().sum().sqrt()  # norm() of a million float32 is off by 1e-4 on a CPU
-    checked = gradient.device.type == "cpu" and not torch.compiler.is_compiling()
-    if checked and not (loss + norm).isfinite():
+    if gradient.is_cpu and not torch.compiler.is_compiling() and not norm.isfinite():
         parameters = {f"{role}.{n}": p for role, player in players.items() for n, p in named_parameters(player).items()}
         require_finite({f"the parameter {name}": parameter for name, parameter in parameters.items()})
         require_finite({f"the gradient of {name}": piece for name, piece in zip(parameters, gradients)})
-        require_finite({"the loss": loss, "the gradient's norm": norm})
+        require_finite({"the gradient's norm": norm})
     gradient *= (max_norm / (norm + 1e-6)).clamp(max=1)
-    moved = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
-    for vector, piece in zip(moved, gradient.split([vector.numel() for vector in moved])):
+    vectors = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
+    for vector, piece in zip(vectors, gradient.split([vector.numel() for vector in vectors])):
         vector.grad = piece.view_as(vector)
     take_steps(optimizers)
     return norm
 
 
 def take_steps(optimizers: list) -> None:
-    """By itself because `torch.compile` leaves a function uncompiled if a loop in it calls what cannot be traced."""
+    """A function of its own: `torch.compile` gives up on any function with a loop that calls what it cannot trace."""
     for optimizer in optimizers:
         optimizer.step()
 
@@ -962,14 +915,14 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     table = torch.stack([torch.stack(list(info.values())) for info in history])
     average([table])
     means = dict(zip(history[0], table.mean(0).tolist()))
-    for name, mean in means.items():  # what is not asked at each step (see descend)
+    for name, mean in means.items():  # on a GPU and compiled the only check of each step (see descend)
         if name.endswith(("loss", "grad_norm")) and not np.isfinite(mean):
             raise FloatingPointError(f"{name} is not finite")
     return means
 
 
 def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
-    """Adam over one vector: one operation, not one per tensor, which small networks would spend much of a step on."""
+    """Adam over one flat vector: one operation instead of one per tensor (a tenth of a step on vectors)."""
     rate = args.learning_rate
     adam = torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
     if args.compile:  # one operation, which would be cut into several
@@ -989,7 +942,7 @@ def one_vector(module: nn.Module) -> list[nn.Parameter]:
 
 @functools.lru_cache(maxsize=8)
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Its parameters, cached: collecting them each time takes a tenth of a small network's update."""
+    """Its parameters, cached: collecting them anew costs small networks some percent of a step."""
     return dict(module.named_parameters())
 
 
@@ -1168,7 +1121,7 @@ def report_evaluation(run_dir: Path, evaluation: dict) -> None:
 # Checkpoint
 # ==================================================================================================
 def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
-    """All or nothing: write to a name that no loader matches, sync, rename. Ends the run if that fails.
+    """All or nothing: write a temporary file that no loader picks up, sync, rename. Ends the run if that fails.
 
     With `keep`, what has that name already is set aside.
     """
@@ -1217,7 +1170,7 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": gpu})
     if processes()[0] == 0:
         write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
-        # Not counting those of later steps: they could not be read, or this run would have gone on from there.
+        # Checkpoints of later steps do not count: this run was resumed behind them, so they could not be read.
         for path in checkpoint_paths(run_dir, before=progress["global_step"])[1:]:
             path.unlink()
 
@@ -1251,7 +1204,7 @@ def one_line(error: Exception) -> str:
 
 
 def restore_random_state(states: list[dict]) -> None:
-    """Go on with the random numbers of the process that had this rank."""
+    """Take over the random state of the process that had this rank."""
     rank, num_processes = processes()
     if len(states) != num_processes:
         fail(f"that run was trained by {len(states)} process(es), not {num_processes}; resume it with as many")
@@ -1264,7 +1217,7 @@ def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
     """The weights of a finished run (model.pt), or of the newest checkpoint of one that is not."""
     players, path = {"leader": leader, "follower": follower}, run_dir / "model.pt"
     for player in players.values():
-        one_vector(player)  # as in training: how a product rounds depends on where in memory its factors lie
+        one_vector(player)  # the memory layout of training, on which the rounding of products depends
     if not path.exists():
         load_checkpoint(run_dir, players)
     else:
@@ -1287,8 +1240,8 @@ def read_args(run_dir: Path) -> Args:
             fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
         saved = check_types(Args(**record["arguments"]))
         if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
-            flag = min(missing).replace("_", "-")  # today's default need not be what that version did
-            fail(f"{run_dir} was made by a version without --{flag}; go on with that version")
+            # today's default need not be what that version did
+            fail(f"{run_dir} was made by a version without {flag(min(missing))}; go on with that version")
         return saved
     except OSError as error:
         fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")
@@ -1302,8 +1255,8 @@ def refuse_changes(run_dir: Path, args: Args) -> None:
     for field in dataclasses.fields(Args):
         old, new = getattr(saved, field.name), getattr(args, field.name)
         if new not in (old, "") and field.name not in MAY_CHANGE:  # the folder's name may be left out
-            flag = field.name.replace("_", "-")
-            fail(f"{run_dir} was trained with --{flag} {old}, not {new}; leave out --{flag}")
+            name = flag(field.name)
+            fail(f"{run_dir} was trained with {name} {old}, not {new}; leave out {name}")
 
 
 def set_aside(path: Path) -> None:
@@ -1342,6 +1295,28 @@ class StopSignal:
             os.write(2, b"\nstopping after this iteration; repeat to exit at once\n")
 
 
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed tensors: faulting it in anew takes a tenth of an update's time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, with other habits
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):  # trim threshold, top pad, mmap threshold
+            mallopt(parameter, size)
+
+
+def prepare_compiler() -> None:
+    """What `torch.compile` needs here: to trace derivatives, no warnings of what is meant, buffers kept for a second
+    backward.
+    """
+    from torch._dynamo import config as tracing
+    from torch._functorch import config
+
+    if hasattr(tracing, "trace_autograd_ops"):  # older versions cut the step at each derivative
+        tracing.trace_autograd_ops = True
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
+    logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)  # the optimizer's profiling
+    config.donated_buffer = False
+
+
 def main(args: Args) -> dict:
     """Train, evaluate, save. Returns the evaluation (empty with `--eval-episodes 0`)."""
     args = check_args(args)
@@ -1367,8 +1342,8 @@ def train(args: Args, stop: StopSignal) -> dict:
     if "WORLD_SIZE" in os.environ:  # torchrun: the games and each minibatch are split over its processes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, num_processes = processes()
-    share = {name: getattr(args, name) // num_processes for name in ("num_envs", "minibatch_size")}
-    my_args = dataclasses.replace(args, **share)  # what this process plays and learns from; `args`: all together
+    per_process = {name: getattr(args, name) // num_processes for name in ("num_envs", "minibatch_size")}
+    my_args = dataclasses.replace(args, **per_process)  # what this process plays and learns from; `args`: all together
 
     torch.manual_seed(args.seed)
     envs = make_envs(my_args)
@@ -1376,7 +1351,8 @@ def train(args: Args, stop: StopSignal) -> dict:
     follower = Follower(leader.num_features, envs.single_action_space).to(device)
     leader_optimizer, follower_optimizer = (make_optimizer(player, args) for player in (leader, follower))
     if rank:
-        torch.manual_seed(args.seed + (rank << 32))  # the same networks in all, different actions
+        # The same networks in all processes, different actions. (PyTorch's generator on a CPU reads 32 bits of a seed.)
+        torch.manual_seed(int(env_seeds(args.seed, 4, rank, num_envs=1)[0]))
     run_dir = start_run(args)
     parts = {"leader": leader, "follower": follower}
     parts |= {"leader_optimizer": leader_optimizer, "follower_optimizer": follower_optimizer}
@@ -1444,7 +1420,7 @@ def train(args: Args, stop: StopSignal) -> dict:
             bar.update(rollout_size)
 
             stopping = any(gather(stop.requested))
-            # Due if this rollout has passed a multiple of the interval.
+            # Due if this rollout has crossed a multiple of the interval.
             due = args.checkpoint_interval and global_step % args.checkpoint_interval < rollout_size
             if due or stopping or iteration + 1 == num_iterations:
                 if rank == 0:
@@ -1455,7 +1431,7 @@ def train(args: Args, stop: StopSignal) -> dict:
                 if stopping or iteration + 1 == num_iterations:
                     break
                 envs.close()
-                envs = make_envs(my_args)  # as a resumed run has them: in BipedalWalker, traces outlive a reset
+                envs = make_envs(my_args)  # as a resumed run has them: BipedalWalker keeps some state over a reset
                 obs = restart(envs, args, global_step)
                 leader.normaliser.forget_episodes()
     envs.close()
@@ -1473,7 +1449,7 @@ def train(args: Args, stop: StopSignal) -> dict:
         if args.eval_episodes:
             evaluation = evaluate(leader, follower, args, device)
             report_evaluation(run_dir, evaluation)
-            for statistic in ("mean", "std"):  # one step on: a resumed run purges it and writes it anew
+            for statistic in ("mean", "std"):  # logged a step late, so that a resumed run purges and rewrites it
                 writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:
@@ -1489,9 +1465,9 @@ def train(args: Args, stop: StopSignal) -> dict:
 def parse_args() -> Args:
     """The command line; with --resume or --evaluate, the arguments of that run are the defaults."""
     args = tyro.cli(Args, description=__doc__)
-    for flag, run in (("--resume", args.resume), ("--evaluate", args.evaluate)):
-        if not run and any(word.partition("=")[0] == flag for word in sys.argv[1:]):  # a script's unset variable?
-            fail(f"{flag} needs the folder of a run, not an empty name")
+    for option, run in (("--resume", args.resume), ("--evaluate", args.evaluate)):
+        if not run and any(word.partition("=")[0] == option for word in sys.argv[1:]):  # e.g. an unset shell variable
+            fail(f"{option} needs the folder of a run, not an empty name")
     if run := args.resume or args.evaluate:
         default = dataclasses.replace(read_args(Path(run)), resume=args.resume, evaluate=args.evaluate)
         args = tyro.cli(Args, description=__doc__, default=default)

@@ -25,6 +25,10 @@ after 502k agent steps (mean of seeds 1 to 5; 477 to 607), where a random agent 
 Changes relative to ppo_atari_baseline.py: the leader has LayerNorm, attention and a feature scale,
 pays for its attention, and moves first on a utility of its own; the follower then takes PPO's step
 on features that it cannot change. Everything else is the same code.
+
+Read first: Args, Leader, AttentionBlock, Follower, the losses, update and stackelberg_step (some 400 lines). Then
+collect_rollout, compute_gae and leader_gradient. The rest is machinery: checks, set-up of the process, fast
+attention, logging, checkpoints.
 """
 
 import contextlib
@@ -54,7 +58,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-if __name__ == "__main__":  # read when torch is loaded: idle threads spin briefly, then free the cores
+if __name__ == "__main__":  # OpenMP reads it when torch is loaded: idle threads soon stop spinning and free their cores
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import ale_py
@@ -86,14 +90,14 @@ class Args:
     total_timesteps: int = 10_000_000
     """agent steps in all, over all environments; rounded down to whole rollouts"""
     run_dir: str = ""
-    """folder of the run, new or empty (default: runs/<env>__<script>__<seed>__<time>)"""
+    """folder of the run, new or empty (if not given: runs/<env>__<script>__<seed>__<time>)"""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one"""
     threads: int = 0
     """CPU threads of the networks and of the emulator (0: as many as there are cores)"""
     matmul_precision: Literal["highest", "high", "medium", "bfloat16"] = "high"
-    """matrix products: highest: float32; high: TF32 if supported; medium: bfloat16 on CPUs with AMX; bfloat16: as high,
-    but the encoder under bfloat16 autocast, its parameters in float32 (docs/speed.md)"""
+    """how matrix products round (docs/speed.md). highest: float32; high: TF32 where supported;
+    medium: bfloat16 on CPUs with AMX; bfloat16: the encoder under bfloat16 autocast, the rest as high"""
     compile: bool = False
     """torch.compile the policy and the gradient step; does not pay on a CPU here (docs/speed.md)"""
     eval_episodes: int = 10
@@ -153,7 +157,7 @@ class Args:
     max_grad_norm: float = 0.5
     """largest gradient norm of a step"""
     target_kl: float | None = None
-    """start no further epoch once an epoch's mean approximate KL exceeds this"""
+    """stop a rollout's epochs once the mean approximate KL of one of them exceeds this"""
 
     # -- SPRIG --
     cooperation_weight: float = 0.7
@@ -189,9 +193,10 @@ class Args:
     feature_scale: float = 0.15
     """factor on the features that the follower sees: sets how far an Adam step moves the policy"""
     update: Literal["stackelberg", "simultaneous", "separate", "stopped", "joint"] = "stackelberg"
-    """stackelberg: the leader moves, the follower answers; joint: PPO's step on the same networks; in between, each
-    with what stands before it: stopped: no value gradient to the leader; separate: a norm clip for each player;
-    simultaneous: a loss of the leader's own"""
+    """who moves when; from PPO to SPRIG each rung adds one change:
+    joint: PPO's loss on these networks; stopped: no value gradient to the leader;
+    separate: a norm clip for each player; simultaneous: the leader's own loss;
+    stackelberg: the leader moves first"""
     perception_cost_in_reward: bool = False
     """learn from R - λ_c·C_θ(s), the reward in Eq. (13)"""
     paper_literal: bool = False
@@ -211,7 +216,13 @@ PAPER_LITERAL = {
 }
 
 
+# -- Checks and set-up of the process: no part of the algorithm -------------------------------------
 DEFAULT_THREADS = torch.get_num_threads()  # as many as there are cores, or as OMP_NUM_THREADS says
+
+
+def flag(name: str) -> str:
+    """A field of `Args` as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def fail(message: str):
@@ -221,7 +232,7 @@ def fail(message: str):
 
 
 def check_types(args: Args) -> Args:
-    """Raises ValueError if a field is not of its type. The command line sees to that; a caller or a file need not."""
+    """Raises ValueError if a field is not of its type: the command line checks that, main(Args(...)) does not."""
     for name, hint in get_type_hints(Args).items():
         value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
         if isinstance(value, Path) and str in kinds:
@@ -229,12 +240,12 @@ def check_types(args: Args) -> Args:
         fits = value in kinds if get_origin(hint) is Literal else type(value) in kinds
         if not fits and not (type(value) is int and float in kinds):
             wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
+            raise ValueError(f"{flag(name)} must be {wanted}, not {value!r}")
     return args
 
 
 def check_args(args: Args) -> Args:
-    """Refuse, before anything is written or trained, whatever could only go wrong later."""
+    """Refuse, before anything is written, what would only fail later. Returns the arguments as they will be used."""
     try:
         args = check_types(args)
     except ValueError as error:
@@ -257,9 +268,9 @@ def check_args(args: Args) -> Args:
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not holds(value):  # NaN fails every bound
-                fail(f"--{name.replace('_', '-')} {rule}, not {value}")
+                fail(f"{flag(name)} {rule}, not {value}")
             if value == np.inf:
-                fail(f"--{name.replace('_', '-')} must be finite")
+                fail(f"{flag(name)} must be finite")
     if args.distractors > 84:
         fail(f"--distractors {args.distractors} is more than the 84 rows of pixels of a frame")
     args = check_game(args)
@@ -277,11 +288,11 @@ def check_args(args: Args) -> Args:
         fail("WORLD_SIZE is set, but not all that torchrun sets beside it: start with torchrun, or unset WORLD_SIZE")
     for name in ("num_envs", "minibatch_size"):
         if getattr(args, name) % int(os.environ.get("WORLD_SIZE", 1)):
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            fail(f"{flag} cannot be split evenly over {os.environ['WORLD_SIZE']} processes")
+            fail(f"{flag(name)} {getattr(args, name)} cannot be split evenly over {os.environ['WORLD_SIZE']} processes")
     if args.total_timesteps < rollout_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
-    if {"rollout": rollout_size, "minibatch": args.minibatch_size, "none": 2}[args.norm_adv] < 2:
+    samples = rollout_size if args.norm_adv == "rollout" else args.minibatch_size
+    if args.norm_adv != "none" and samples < 2:
         fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; use more, or set none")
     if args.compile and not args.evaluate:
         compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
@@ -310,20 +321,20 @@ def check_game(args: Args) -> Args:
     no_loss, no_attention = args.update in ("joint", "stopped", "separate"), args.attention == "none"
     no_cost = no_loss and not args.perception_cost_in_reward
     cost, method = "perception_cost_weight perception_cost cost_rows", args.leader_gradient
-    whose = f"--update {args.update} has no loss of the leader's own"
-    idle = [  # settings, whether nothing reads them, and why
-        ("cooperation_weight leader_objective leader_value_coef", no_loss, whose),
-        (cost, no_cost, whose),
+    no_own = f"--update {args.update} has no loss of the leader's own"
+    ignored = [  # settings, whether nothing reads them, and why
+        ("cooperation_weight leader_objective leader_value_coef", no_loss, no_own),
+        (cost, no_cost, no_own),
         (cost, no_attention, "--attention none leaves nothing to pay for"),
         ("cost_rows", args.perception_cost == "concentration", "concentration takes all rows"),
         ("unroll_steps unroll_step_size", method != "unrolled", "it is for --leader-gradient unrolled"),
         ("implicit_damping cg_iterations cg_tolerance", method != "implicit", "it is for --leader-gradient implicit"),
         ("correction_clamp", method == "first-order", "it is for --leader-gradient unrolled or implicit"),
     ]
-    for names, unread, reason in idle:
+    for names, unread, reason in ignored:
         for name in names.split():
             if unread and getattr(args, name) != getattr(Args, name):
-                fail(f"--{name.replace('_', '-')} would do nothing here: {reason}")
+                fail(f"{flag(name)} would do nothing here: {reason}")
     if args.compile and args.leader_gradient != "first-order":
         fail("--compile has no second derivatives: set --leader-gradient first-order, or leave --compile out")
     if args.perception_cost_in_reward and args.attention == "none":
@@ -331,19 +342,9 @@ def check_game(args: Args) -> Args:
     if args.paper_literal:
         for name, literal in PAPER_LITERAL.items():
             if getattr(args, name) not in (getattr(Args, name), literal):
-                fail(f"--paper-literal decides --{name.replace('_', '-')} = {literal}; give one of the two")
+                fail(f"--paper-literal decides {flag(name)} = {literal}; give one of the two")
         args = dataclasses.replace(args, **PAPER_LITERAL)
     return args
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed tensors: faulting it in anew takes a tenth of an update's time."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library, with other habits
-    for parameter, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):  # trim threshold, top pad, mmap threshold
-        mallopt(parameter, size)
 
 
 def set_matmul_precision(precision: str) -> None:
@@ -359,18 +360,6 @@ def set_matmul_precision(precision: str) -> None:
         precision = "medium"  # on a GPU the same as "high"
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = precision != "highest"  # convolutions
-
-
-def prepare_compiler() -> None:
-    """Let `torch.compile` trace derivatives, not warn of what is intended, nor free what a second backward needs."""
-    from torch._dynamo import config as tracing
-    from torch._functorch import config
-
-    if hasattr(tracing, "trace_autograd_ops"):  # older versions cut the step at each derivative
-        tracing.trace_autograd_ops = True
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
-    logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)  # the optimizer's profiling
-    config.donated_buffer = False
 
 
 def pick_device(name: str) -> torch.device:
@@ -547,7 +536,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
-    """(N,) seeds, one per game. Streams: 0 training, 1 evaluation; others are free (watch.py, benchmark/).
+    """(N,) seeds, one per game. Streams: 0 training, 1 evaluation, 2 and 3 watch.py and benchmark/, 4 processes' draws.
 
     Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games. Zeros at the end of
     a stream do not count: 2 and 2, 0 are the same.
@@ -574,20 +563,23 @@ class Leader(nn.Module):
 
     def __init__(self, observation_space: gym.spaces.Box, args: Args):
         super().__init__()
-        channels, kernels, strides = (observation_space.shape[0], 32, 64, 64), (8, 4, 3), (4, 2, 1)
-        sizes = [observation_space.shape[-1]]  # 84, then rows (and columns) of locations: 20, 9, 7
-        for kernel, stride in zip(kernels, strides):
-            sizes.append((sizes[-1] - kernel) // stride + 1)
-        shapes = zip(channels, channels[1:], kernels, strides)  # input width, output width, kernel, stride
-        self.convs = nn.ModuleList(init_layer(nn.Conv2d(*shape)) for shape in shapes)
-        self.norms = nn.ModuleList(nn.LayerNorm((size, size, width)) for size, width in zip(sizes[1:], channels[1:]))
-        self.blocks = nn.ModuleList(
-            AttentionBlock(width, gated=args.attention == "gated") if args.attention != "none" else None
-            for width in channels[1:]
+        self.convs = nn.ModuleList(
+            [
+                init_layer(nn.Conv2d(observation_space.shape[0], 32, 8, stride=4)),
+                init_layer(nn.Conv2d(32, 64, 4, stride=2)),
+                init_layer(nn.Conv2d(64, 64, 3, stride=1)),
+            ]
         )
+        self.norms, self.blocks = nn.ModuleList(), nn.ModuleList()
+        size = observation_space.shape[-1]  # 84, then rows (and columns) of locations: 20, 9, 7
+        for conv in self.convs:
+            size = (size - conv.kernel_size[0]) // conv.stride[0] + 1
+            self.norms.append(nn.LayerNorm((size, size, conv.out_channels)))
+            gated, attends = args.attention == "gated", args.attention != "none"
+            self.blocks.append(AttentionBlock(conv.out_channels, gated) if attends else None)
         # DEVIATION: row 4, ReLU after LayerNorm: without it only LayerNorm and attention are nonlinear
         self.activation = nn.Identity() if args.attention == "figure4" else nn.ReLU(inplace=True)
-        self.num_features, self.feature_scale = channels[-1] * sizes[-1] ** 2, args.feature_scale
+        self.num_features, self.feature_scale = 64 * size**2, args.feature_scale
         self.low_precision = args.matmul_precision == "bfloat16"
 
     def forward(self, obs: torch.Tensor, num_rows: int | None = None):
@@ -653,15 +645,16 @@ class AttentionBlock(nn.Module):
         return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
 
 
-def attend(query, key, value, fused: bool = True) -> torch.Tensor:
+# -- Fast attention: `attend` is softmax(Q Kᵀ / √d) V and nothing else -------------------------------
+def attend(query, key, value) -> torch.Tensor:
     """softmax(Q Kᵀ / √d) V: query and key (B, n, d), value (B, n, C) -> (B, n, C).
 
-    The plain product up to n = 100 locations, where it is the fastest (and if not `fused`, for tests). Beyond,
-    kernels that never hold the n x n weights of the whole batch: tiles on a CPU, PyTorch's own on a GPU.
+    The plain product up to n = 100 locations, where it is the fastest. Beyond, kernels that never hold
+    the n x n weights of the whole batch: tiles on a CPU, PyTorch's own on a GPU.
     """
-    if not fused or query.shape[1] <= 100:
+    if query.shape[1] <= 100:
         return torch.bmm(attention_rows(query, key), value)
-    if not query.is_cpu:  # zeros change no product, and all fused kernels take equal widths
+    if not query.is_cpu:  # padding with zeros changes no product, and fused kernels need equal widths
         scale = query.shape[-1] ** -0.5
         query, key = (F.pad(x, (0, value.shape[-1] - x.shape[-1])) for x in (query, key))
         heads = (x.unsqueeze(1) for x in (query, key, value))  # one head
@@ -675,11 +668,11 @@ def attention_rows(query, key) -> torch.Tensor:
 
     Rows under 48 (never on frames) are computed as columns, whose softmax takes half the time on a CPU.
     """
-    scale, nothing = query.shape[-1] ** -0.5, key.new_empty(())
+    scale, unused = query.shape[-1] ** -0.5, key.new_empty(())
     if key.shape[1] < 48:
-        scores = torch.baddbmm(nothing, key, query.transpose(1, 2), beta=0, alpha=scale)
+        scores = torch.baddbmm(unused, key, query.transpose(1, 2), beta=0, alpha=scale)
         return scores.softmax(1).transpose(1, 2)
-    return torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
+    return torch.baddbmm(unused, query, key.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -691,7 +684,7 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def tiles(query, key, dim=-1):
-        """Yields (slice of samples, their weights up to a factor per row, scratch), reusing two buffers.
+        """Yields (slice of samples, their weights before they are scaled, scratch), reusing two buffers.
 
         With key and query swapped and `dim` 1, the weights are transposed.
         """
@@ -783,7 +776,7 @@ def action_distribution(logits: torch.Tensor) -> Distribution:
 
 
 def sample(policy: Distribution) -> torch.Tensor:
-    """The draws of policy.sample(), without its checks, which would make the host wait for a GPU."""
+    """Draws what policy.sample() draws, without its checks, which make the host wait for a GPU."""
     return (policy.probs / torch.empty_like(policy.probs).exponential_()).argmax(-1)
 
 
@@ -804,7 +797,9 @@ class Rollout(NamedTuple):
 
 
 def allocate_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Rollout:
-    """Memory for a rollout. Images lie as (T, N, H, W, C) and are seen as (T, N, C, H, W): convolutions like that."""
+    """Memory for a rollout. Images are stored as (T, N, H, W, C), which is fast to convolve, and seen as
+    (T, N, C, H, W).
+    """
     (channels, *size), action_space = envs.single_observation_space.shape, envs.single_action_space
     dtypes = {"u": torch.uint8, "i": torch.long, "f": torch.float32}  # by NumPy's kind
     shape = (args.num_steps, args.num_envs)
@@ -1021,7 +1016,7 @@ def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tenso
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance, over the values of all processes, which hold equally many."""
+    """Zero mean and unit variance, over the values of all processes (each holds equally many)."""
     mean, num_processes = x.mean(), processes()[1]
     average([mean])
     # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
@@ -1051,30 +1046,20 @@ def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimi
 def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
     """SPRIG: leader, then follower, on one minibatch (Algorithm 1, lines 6-18)."""
     theta, phi = (list(named_parameters(player).values()) for player in (leader, follower))
-    outcomes = []
 
-    # 1. The leader moves: ascend u_L in θ, φ held fixed (line 12) or anticipated (Eq. 6).
+    # 1. The leader moves: ascend u_L in θ. φ is held fixed (line 12), or the follower's answer anticipated (Eq. 6).
     features, attention = leader(minibatch.obs, num_rows=cost_rows(args))  # line 7
     cost = perception_cost(attention, args.perception_cost)  # line 8, Eq. (9)
-
-    # Both losses as functions of φ. θ enters by the features and the cost above, which were computed from it.
-    def leader_loss_fn(_, phi):
-        logits, values = call_with(follower, phi, features)  # line 9
-        loss, info = leader_loss(logits, values, cost, minibatch, args)  # lines 10-11
-        outcomes.append((loss.detach(), logits.detach(), info))
-        return loss
-
-    def follower_loss_fn(_, phi):
-        return follower_loss(*call_with(follower, phi, features), minibatch, args)[0]
-
-    options = {"step_size": args.unroll_step_size, "num_steps": args.unroll_steps, "damping": args.implicit_damping}
-    options |= {"cg_iterations": args.cg_iterations, "cg_tolerance": args.cg_tolerance, "clamp": args.correction_clamp}
-    gradient_info = {}
-    gradients = leader_gradient(
-        leader_loss_fn, follower_loss_fn, theta, phi, args.leader_gradient, **options, info=gradient_info
-    )
-    loss_before, logits_before, leader_info = outcomes[0]  # of the first call: θ and φ as the minibatch began with
-    leader_norm = descend([leader_optimizer], loss_before, gradients, args.max_grad_norm, leader=leader)
+    old_logits, values = follower(features)  # line 9
+    loss, info = leader_loss(old_logits, values, cost, minibatch, args)  # lines 10-11
+    if args.leader_gradient == "first-order":
+        # DEVIATION: row 7, Eq. (6) asks for the total derivative through φ*(θ); Algorithm 1 takes this one
+        gradients = differentiate(loss, theta)
+    else:
+        gradients, gradient_info = total_derivative(follower, features, cost, theta, phi, minibatch, args)
+        info |= gradient_info
+    loss, old_logits, values = loss.detach(), old_logits.detach(), values.detach()  # their graph is used up
+    info["leader/grad_norm"] = descend([leader_optimizer], gradients, args.max_grad_norm, leader=leader)
 
     # 2. The follower sees what the leader now shows: features recomputed, θ held fixed (line 13).
     with torch.no_grad():
@@ -1083,20 +1068,16 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
     # 3. The follower answers: descend L_φ in φ (lines 14-18).
     logits, values = follower(new_features)
     # DEVIATION: row 6, line 17's C_θ left out: it does not depend on φ
-    loss, info = follower_loss(logits, values, minibatch, args)
-    gradients = torch.autograd.grad(loss, phi)
-    loss, logits = loss.detach(), logits.detach()  # what was differentiated may not outlive --compile's cut
-    follower_norm = descend([follower_optimizer], loss, gradients, args.max_grad_norm, follower=follower)
-
-    with torch.no_grad():  # how far the leader's move alone changed the policy: `logits` are from before φ's step
-        kl = kl_divergence(action_distribution(logits_before), action_distribution(logits)).mean()
-    info |= leader_info | gradient_info
-    info |= {"leader/kl": kl, "leader/grad_norm": leader_norm, "losses/grad_norm": follower_norm}
-    return info
+    loss, follower_info = follower_loss(logits, values, minibatch, args)
+    gradients = differentiate(loss, phi)
+    with torch.no_grad():  # how far the leader's move alone has changed the policy
+        info["leader/kl"] = kl_divergence(action_distribution(old_logits), action_distribution(logits)).mean()
+    info["losses/grad_norm"] = descend([follower_optimizer], gradients, args.max_grad_norm, follower=follower)
+    return info | follower_info
 
 
 def simultaneous_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
-    """Both players move at once, from the same θ and φ: nobody leads. The steps between PPO and SPRIG (--update)."""
+    """Both players move at once, from the same θ and φ: nobody leads. The rungs between PPO and SPRIG (--update)."""
     theta, phi = (list(named_parameters(player).values()) for player in (leader, follower))
     features, attention = leader(minibatch.obs, num_rows=cost_rows(args))
     logits, values = follower(features)
@@ -1109,13 +1090,12 @@ def simultaneous_step(leader, follower, leader_optimizer, follower_optimizer, mi
         theta_loss, _ = follower_loss(logits, values.detach(), minibatch, args)
     theta_gradients = differentiate(theta_loss, theta, retain_graph=True)
     phi_gradients = differentiate(loss, phi)
-    loss, theta_loss = loss.detach(), theta_loss.detach()  # as in `stackelberg_step`
     if args.update == "stopped":  # under one norm clip, as in PPO
-        optimizers, players = [leader_optimizer, follower_optimizer], {"leader": leader, "follower": follower}
-        norm = descend(optimizers, loss, theta_gradients + phi_gradients, args.max_grad_norm, **players)
+        optimizers, gradients = [leader_optimizer, follower_optimizer], theta_gradients + phi_gradients
+        norm = descend(optimizers, gradients, args.max_grad_norm, leader=leader, follower=follower)
         return info | {"losses/grad_norm": norm}
-    leader_norm = descend([leader_optimizer], theta_loss, theta_gradients, args.max_grad_norm, leader=leader)
-    follower_norm = descend([follower_optimizer], loss, phi_gradients, args.max_grad_norm, follower=follower)
+    leader_norm = descend([leader_optimizer], theta_gradients, args.max_grad_norm, leader=leader)
+    follower_norm = descend([follower_optimizer], phi_gradients, args.max_grad_norm, follower=follower)
     return info | {"leader/grad_norm": leader_norm, "losses/grad_norm": follower_norm}
 
 
@@ -1125,9 +1105,27 @@ def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch
     loss, info = follower_loss(logits, values, minibatch, args)
     parameters = [parameter for player in (leader, follower) for parameter in named_parameters(player).values()]
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    optimizers, players = [leader_optimizer, follower_optimizer], {"leader": leader, "follower": follower}
-    info["losses/grad_norm"] = descend(optimizers, loss.detach(), gradients, args.max_grad_norm, **players)
+    optimizers = [leader_optimizer, follower_optimizer]
+    info["losses/grad_norm"] = descend(optimizers, gradients, args.max_grad_norm, leader=leader, follower=follower)
     return info
+
+
+def total_derivative(follower, features, cost, theta, phi, minibatch: Batch, args: Args):
+    """`leader_gradient` for --leader-gradient unrolled and implicit. Returns (gradients, info).
+
+    As functions of φ both losses take θ by the features and the cost, which were computed from it.
+    """
+
+    def leader_loss_fn(_, phi):
+        return leader_loss(*call_with(follower, phi, features), cost, minibatch, args)[0]
+
+    def follower_loss_fn(_, phi):
+        return follower_loss(*call_with(follower, phi, features), minibatch, args)[0]
+
+    options = {"step_size": args.unroll_step_size, "num_steps": args.unroll_steps, "damping": args.implicit_damping}
+    options |= {"cg_iterations": args.cg_iterations, "cg_tolerance": args.cg_tolerance, "clamp": args.correction_clamp}
+    method, info = args.leader_gradient, {}
+    return leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, **options, info=info), info
 
 
 def leader_gradient(
@@ -1163,7 +1161,6 @@ def leader_gradient(
     theta, phi = ([x if x.requires_grad else x.detach().requires_grad_() for x in player] for player in (theta, phi))
     loss = leader_loss_fn(theta, phi)
     if method == "first-order":
-        # DEVIATION: row 7, Eq. (6) asks for the total derivative through φ*(θ); Algorithm 1 takes this one
         return differentiate(loss, theta)
 
     info = {} if info is None else info
@@ -1171,16 +1168,16 @@ def leader_gradient(
         first_order = differentiate(loss, theta, retain_graph=True)
         answer = phi
         for _ in range(num_steps):
-            slope = average_with_gradient(differentiate(follower_loss_fn(theta, answer), answer, create_graph=True))
-            answer = [x - step_size * dx for x, dx in zip(answer, slope)]
+            downhill = average_with_gradient(differentiate(follower_loss_fn(theta, answer), answer, create_graph=True))
+            answer = [x - step_size * dx for x, dx in zip(answer, downhill)]
         total = differentiate(leader_loss_fn(theta, answer), theta)
         correction = [a - b for a, b in zip(total, first_order)]
     else:
-        both = differentiate(loss, theta + phi, retain_graph=True)
-        first_order, v = both[: len(theta)], flatten(both[len(theta) :])
-        slope = flatten(differentiate(follower_loss_fn(theta, phi), phi, create_graph=True))
+        by_both = differentiate(loss, theta + phi, retain_graph=True)
+        first_order, v = by_both[: len(theta)], flatten(by_both[len(theta) :])
+        slope = flatten(differentiate(follower_loss_fn(theta, phi), phi, create_graph=True))  # ∂f_F/∂φ
 
-        def curvature(x):  # (H + λI) x: asked for φ alone, autograd stops at the features and spares the encoder
+        def curvature(x):  # (H + λI) x. Only φ is asked for, so that autograd stops at the features
             product = flatten(differentiate(slope.dot(x), phi, retain_graph=True))
             average([product])
             return product + damping * x
@@ -1225,12 +1222,12 @@ def conjugate_gradients(product, v: torch.Tensor, iterations: int, tolerance: fl
     for _ in range(iterations):
         if squared <= tolerance**2 * start:
             break
-        image = product(direction)
-        curvature = direction.dot(image)
+        curved = product(direction)  # A p
+        curvature = direction.dot(curved)
         if not curvature > 0:
             break
         step = squared / curvature
-        x, residual = x + step * direction, residual - step * image
+        x, residual = x + step * direction, residual - step * curved
         before, squared = squared, residual.dot(residual)
         direction = residual + squared / before * direction
     return x, (squared / start.clamp_min(torch.finfo(v.dtype).tiny)).sqrt()
@@ -1238,10 +1235,7 @@ def conjugate_gradients(product, v: torch.Tensor, iterations: int, tolerance: fl
 
 def call_with(module: nn.Module, parameters: list[torch.Tensor], *inputs, **options):
     """module(*inputs) as a function of its parameters."""
-    own = named_parameters(module)
-    if all(own_parameter is given for own_parameter, given in zip(own.values(), parameters)):
-        return module(*inputs, **options)  # the same, with less ado
-    return functional_call(module, dict(zip(own, parameters)), inputs, options)
+    return functional_call(module, dict(zip(named_parameters(module), parameters)), inputs, options)
 
 
 def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
@@ -1256,31 +1250,30 @@ def cost_rows(args: Args) -> int:
     return 0 if args.perception_cost == "concentration" else args.cost_rows
 
 
-def descend(optimizers: list, loss: torch.Tensor, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module):
+def descend(optimizers: list, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module) -> torch.Tensor:
     """One step of the players down their `gradients`, averaged over processes and clipped to the norm `max_norm`.
 
-    Returns the norm before clipping. Raises FloatingPointError, naming the first tensor that is not finite,
-    before any harm is done; on a GPU, where a check means waiting, and compiled, `mean_info` makes it after the epochs.
+    Returns the norm before clipping. If it is not finite, raises FloatingPointError before the step, which names the
+    first tensor to blame. On a GPU, where a check means waiting, and compiled, `mean_info` checks after the epochs.
     """
     gradient = flatten(gradients)
     average([gradient])
     norm = gradient.square().sum().sqrt()  # norm() of a million float32 is off by 1e-4 on a CPU
-    checked = gradient.device.type == "cpu" and not torch.compiler.is_compiling()
-    if checked and not (loss + norm).isfinite():
+    if gradient.is_cpu and not torch.compiler.is_compiling() and not norm.isfinite():
         parameters = {f"{role}.{n}": p for role, player in players.items() for n, p in named_parameters(player).items()}
         require_finite({f"the parameter {name}": parameter for name, parameter in parameters.items()})
         require_finite({f"the gradient of {name}": piece for name, piece in zip(parameters, gradients)})
-        require_finite({"the loss": loss, "the gradient's norm": norm})
+        require_finite({"the gradient's norm": norm})
     gradient *= (max_norm / (norm + 1e-6)).clamp(max=1)
-    moved = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
-    for vector, piece in zip(moved, gradient.split([vector.numel() for vector in moved])):
+    vectors = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
+    for vector, piece in zip(vectors, gradient.split([vector.numel() for vector in vectors])):
         vector.grad = piece.view_as(vector)
     take_steps(optimizers)
     return norm
 
 
 def take_steps(optimizers: list) -> None:
-    """By itself because `torch.compile` leaves a function uncompiled if a loop in it calls what cannot be traced."""
+    """A function of its own: `torch.compile` gives up on any function with a loop that calls what it cannot trace."""
     for optimizer in optimizers:
         optimizer.step()
 
@@ -1317,14 +1310,14 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     table = torch.stack([torch.stack(list(info.values())) for info in history])
     average([table])
     means = dict(zip(history[0], table.mean(0).tolist()))
-    for name, mean in means.items():  # what is not asked at each step (see descend)
+    for name, mean in means.items():  # on a GPU and compiled the only check of each step (see descend)
         if name.endswith(("loss", "grad_norm")) and not np.isfinite(mean):
             raise FloatingPointError(f"{name} is not finite")
     return means
 
 
 def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
-    """Adam over one vector: one operation, not one per tensor, which small networks would spend much of a step on."""
+    """Adam over one flat vector: one operation instead of one per tensor (a tenth of a step on vectors)."""
     rate = args.learning_rate * (args.leader_rate_factor if isinstance(module, Leader) else 1)
     adam = torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
     if args.compile:  # one operation, which would be cut into several
@@ -1344,7 +1337,7 @@ def one_vector(module: nn.Module) -> list[nn.Parameter]:
 
 @functools.lru_cache(maxsize=8)
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Its parameters, cached: collecting them each time takes a tenth of a small network's update."""
+    """Its parameters, cached: collecting them anew costs small networks some percent of a step."""
     return dict(module.named_parameters())
 
 
@@ -1523,7 +1516,7 @@ def report_evaluation(run_dir: Path, evaluation: dict) -> None:
 # Checkpoint
 # ==================================================================================================
 def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
-    """All or nothing: write to a name that no loader matches, sync, rename. Ends the run if that fails.
+    """All or nothing: write a temporary file that no loader picks up, sync, rename. Ends the run if that fails.
 
     With `keep`, what has that name already is set aside.
     """
@@ -1572,7 +1565,7 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": gpu})
     if processes()[0] == 0:
         write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
-        # Not counting those of later steps: they could not be read, or this run would have gone on from there.
+        # Checkpoints of later steps do not count: this run was resumed behind them, so they could not be read.
         for path in checkpoint_paths(run_dir, before=progress["global_step"])[1:]:
             path.unlink()
 
@@ -1606,7 +1599,7 @@ def one_line(error: Exception) -> str:
 
 
 def restore_random_state(states: list[dict]) -> None:
-    """Go on with the random numbers of the process that had this rank."""
+    """Take over the random state of the process that had this rank."""
     rank, num_processes = processes()
     if len(states) != num_processes:
         fail(f"that run was trained by {len(states)} process(es), not {num_processes}; resume it with as many")
@@ -1619,7 +1612,7 @@ def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
     """The weights of a finished run (model.pt), or of the newest checkpoint of one that is not."""
     players, path = {"leader": leader, "follower": follower}, run_dir / "model.pt"
     for player in players.values():
-        one_vector(player)  # as in training: how a product rounds depends on where in memory its factors lie
+        one_vector(player)  # the memory layout of training, on which the rounding of products depends
     if not path.exists():
         load_checkpoint(run_dir, players)
     else:
@@ -1642,8 +1635,8 @@ def read_args(run_dir: Path) -> Args:
             fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
         saved = check_types(Args(**record["arguments"]))
         if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
-            flag = min(missing).replace("_", "-")  # today's default need not be what that version did
-            fail(f"{run_dir} was made by a version without --{flag}; go on with that version")
+            # today's default need not be what that version did
+            fail(f"{run_dir} was made by a version without {flag(min(missing))}; go on with that version")
         return saved
     except OSError as error:
         fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")
@@ -1657,8 +1650,8 @@ def refuse_changes(run_dir: Path, args: Args) -> None:
     for field in dataclasses.fields(Args):
         old, new = getattr(saved, field.name), getattr(args, field.name)
         if new not in (old, "") and field.name not in MAY_CHANGE:  # the folder's name may be left out
-            flag = field.name.replace("_", "-")
-            fail(f"{run_dir} was trained with --{flag} {old}, not {new}; leave out --{flag}")
+            name = flag(field.name)
+            fail(f"{run_dir} was trained with {name} {old}, not {new}; leave out {name}")
 
 
 def set_aside(path: Path) -> None:
@@ -1697,6 +1690,28 @@ class StopSignal:
             os.write(2, b"\nstopping after this iteration; repeat to exit at once\n")
 
 
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed tensors: faulting it in anew takes a tenth of an update's time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, with other habits
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):  # trim threshold, top pad, mmap threshold
+            mallopt(parameter, size)
+
+
+def prepare_compiler() -> None:
+    """What `torch.compile` needs here: to trace derivatives, no warnings of what is meant, buffers kept for a second
+    backward.
+    """
+    from torch._dynamo import config as tracing
+    from torch._functorch import config
+
+    if hasattr(tracing, "trace_autograd_ops"):  # older versions cut the step at each derivative
+        tracing.trace_autograd_ops = True
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
+    logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)  # the optimizer's profiling
+    config.donated_buffer = False
+
+
 def main(args: Args) -> dict:
     """Train, evaluate, save. Returns the evaluation (empty with `--eval-episodes 0`)."""
     args = check_args(args)
@@ -1722,8 +1737,8 @@ def train(args: Args, stop: StopSignal) -> dict:
     if "WORLD_SIZE" in os.environ:  # torchrun: the games and each minibatch are split over its processes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, num_processes = processes()
-    share = {name: getattr(args, name) // num_processes for name in ("num_envs", "minibatch_size")}
-    my_args = dataclasses.replace(args, **share)  # what this process plays and learns from; `args`: all together
+    per_process = {name: getattr(args, name) // num_processes for name in ("num_envs", "minibatch_size")}
+    my_args = dataclasses.replace(args, **per_process)  # what this process plays and learns from; `args`: all together
 
     torch.manual_seed(args.seed)
     envs = make_envs(my_args)
@@ -1731,7 +1746,8 @@ def train(args: Args, stop: StopSignal) -> dict:
     follower = Follower(leader.num_features, envs.single_action_space).to(device)
     leader_optimizer, follower_optimizer = (make_optimizer(player, args) for player in (leader, follower))
     if rank:
-        torch.manual_seed(args.seed + (rank << 32))  # the same networks in all, different actions
+        # The same networks in all processes, different actions. (PyTorch's generator on a CPU reads 32 bits of a seed.)
+        torch.manual_seed(int(env_seeds(args.seed, 4, rank, num_envs=1)[0]))
     run_dir = start_run(args)
     parts = {"leader": leader, "follower": follower}
     parts |= {"leader_optimizer": leader_optimizer, "follower_optimizer": follower_optimizer}
@@ -1797,7 +1813,7 @@ def train(args: Args, stop: StopSignal) -> dict:
             bar.update(rollout_size)
 
             stopping = any(gather(stop.requested))
-            # Due if this rollout has passed a multiple of the interval.
+            # Due if this rollout has crossed a multiple of the interval.
             due = args.checkpoint_interval and global_step % args.checkpoint_interval < rollout_size
             if due or stopping or iteration + 1 == num_iterations:
                 if rank == 0:
@@ -1808,7 +1824,7 @@ def train(args: Args, stop: StopSignal) -> dict:
                 if stopping or iteration + 1 == num_iterations:
                     break
                 envs.close()
-                envs = make_envs(my_args)  # as a resumed run has them: in BipedalWalker, traces outlive a reset
+                envs = make_envs(my_args)  # as a resumed run has them: BipedalWalker keeps some state over a reset
                 obs = restart(envs, args, global_step)
     envs.close()
     if dist.is_initialized():
@@ -1825,7 +1841,7 @@ def train(args: Args, stop: StopSignal) -> dict:
         if args.eval_episodes:
             evaluation = evaluate(leader, follower, args, device)
             report_evaluation(run_dir, evaluation)
-            for statistic in ("mean", "std"):  # one step on: a resumed run purges it and writes it anew
+            for statistic in ("mean", "std"):  # logged a step late, so that a resumed run purges and rewrites it
                 writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:
@@ -1841,9 +1857,9 @@ def train(args: Args, stop: StopSignal) -> dict:
 def parse_args() -> Args:
     """The command line; with --resume or --evaluate, the arguments of that run are the defaults."""
     args = tyro.cli(Args, description=__doc__)
-    for flag, run in (("--resume", args.resume), ("--evaluate", args.evaluate)):
-        if not run and any(word.partition("=")[0] == flag for word in sys.argv[1:]):  # a script's unset variable?
-            fail(f"{flag} needs the folder of a run, not an empty name")
+    for option, run in (("--resume", args.resume), ("--evaluate", args.evaluate)):
+        if not run and any(word.partition("=")[0] == option for word in sys.argv[1:]):  # e.g. an unset shell variable
+            fail(f"{option} needs the folder of a run, not an empty name")
     if run := args.resume or args.evaluate:
         default = dataclasses.replace(read_args(Path(run)), resume=args.resume, evaluate=args.evaluate)
         args = tyro.cli(Args, description=__doc__, default=default)

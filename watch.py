@@ -126,8 +126,8 @@ class VectorView:
 
     def __init__(self, script, envs, args):
         self.attention_map = getattr(script, "attention_map", None)  # PPO's twin has none
-        self.envs, self.names = envs, script.observation_names(args)
-        self.can_render = True
+        self.names = script.observation_names(args) if self.attention_map else []
+        self.envs, self.can_render = envs, True
 
     def pictures(self, obs: torch.Tensor, leader) -> list[tuple[str, np.ndarray]]:
         pictures = [("environment", self.render())]

@@ -61,3 +61,8 @@ def random_batch(script, leader, follower, size=32):
         actions = policy.sample()
     returns = values + torch.randn(size)
     return script.Batch(obs, actions, policy.log_prob(actions), values, torch.randn(size), returns)
+
+
+def plain_attention(query, key, value):
+    """What `attend` computes, without its fast kernels."""
+    return torch.bmm(sprig_atari.attention_rows(query, key), value)

@@ -1,7 +1,6 @@
 """SPRIG's game: who moves, along which gradient, and what attention costs."""
 
 import dataclasses
-import functools
 import os
 import shutil
 import sysconfig
@@ -11,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, build, last_gradients, random_batch
+from conftest import CONTINUOUS, build, last_gradients, plain_attention, random_batch
 
 import ppo_atari_baseline as ppo
 import sprig_atari as sprig
@@ -300,7 +299,7 @@ def test_fused_and_plain_attention_agree(n, channels, samples, scale):
     widths = (channels // 8, channels // 8, channels)
     query, key, value = (torch.randn(samples, n, width, requires_grad=True) for width in widths)
     grad = torch.randn(samples, n, channels)
-    outputs = [sprig.attend(scale * query, key, value, fused=fused) for fused in (True, False)]
+    outputs = [attend(scale * query, key, value) for attend in (sprig.attend, plain_attention)]
     tolerance = dict.fromkeys(("atol", "rtol"), 1e-5 * scale)  # the larger a score, the coarser its exponential
     torch.testing.assert_close(*outputs, **tolerance)
     for a, b in zip(*(torch.autograd.grad(output, (query, key, value), grad) for output in outputs)):
@@ -352,9 +351,9 @@ def test_default_products_leave_the_same_parameters_after_ten_updates(script):
 
 
 def test_tiled_and_plain_attention_leave_the_same_parameters_after_ten_updates(monkeypatch):
-    attend, moved = sprig.attend, []
-    for fused in (True, False):
-        monkeypatch.setattr(sprig, "attend", functools.partial(attend, fused=fused))
+    moved = []
+    for attend in (sprig.attend, plain_attention):
+        monkeypatch.setattr(sprig, "attend", attend)
         moved.append(moved_by_ten_updates(sprig, gate=0.5))  # at 0 attention would not show
     assert moved[0].abs().max() > 1e-4
     torch.testing.assert_close(*moved, atol=1e-5, rtol=0)

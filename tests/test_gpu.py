@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, TWINS, build, random_batch
+from conftest import CONTINUOUS, TWINS, build, plain_attention, random_batch
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SMALL = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "minibatch_size": 32, "eval_episodes": 1}
@@ -85,7 +84,7 @@ def test_compile_cuts_a_step_only_where_an_optimizer_takes_its_own(name, kind, m
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         pytest.skip("this PyTorch cuts at each derivative, too")
     if name == "sprig_atari":
-        monkeypatch.setattr(script, "attend", functools.partial(script.attend, fused=False))
+        monkeypatch.setattr(script, "attend", plain_attention)
     if name in TWINS:
         leader, follower, *optimizers = build(script, args)
         batch = random_batch(script, leader, follower, 8)

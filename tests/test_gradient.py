@@ -1,11 +1,9 @@
 """The leader's total derivative: closed forms, limits, finite differences, and the games that it is for."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, build, random_batch
+from conftest import CONTINUOUS, build, plain_attention, random_batch
 from test_game import central_differences, tiny_game
 from test_runs import scalars
 
@@ -395,9 +393,9 @@ def test_a_block_of_tiled_attention_can_be_differentiated_twice(monkeypatch):
     block, x = sprig.AttentionBlock(32, gated=True), torch.randn(2, 400, 32, requires_grad=True)
     torch.nn.init.constant_(block.gate, 0.5)
     seconds = []
-    for fused in (True, False):
+    for attend in (sprig.attend, plain_attention):
         with monkeypatch.context() as patch:
-            patch.setattr(sprig, "attend", functools.partial(sprig.attend, fused=fused))
+            patch.setattr(sprig, "attend", attend)
             output = block(x)[0]
         (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
         seconds.append(torch.autograd.grad(slope.square().sum(), list(block.parameters())))
@@ -410,8 +408,8 @@ def test_fused_and_plain_attention_agree_in_second_derivatives():
     inputs = [torch.randn(2, 400, width, requires_grad=True) for width in (4, 4, 32)]
     grad, direction = torch.randn(2, 400, 32), [torch.randn_like(x) for x in inputs]
     results = []
-    for fused in (True, False):
-        slopes = torch.autograd.grad(sprig.attend(*inputs, fused=fused), inputs, grad, create_graph=True)
+    for attend in (sprig.attend, plain_attention):
+        slopes = torch.autograd.grad(attend(*inputs), inputs, grad, create_graph=True)
         product = sum((a * b).sum() for a, b in zip(slopes, direction))
         results.append(torch.autograd.grad(product, inputs))
     assert distance(*results) < 1e-5
@@ -440,7 +438,7 @@ def test_step_takes_the_total_derivative_and_plain_attention_gives_the_same(meth
     batch = random_batch(sprig, leader, follower, 8)
     for block in leader.blocks:
         torch.nn.init.constant_(block.gate, 0.7)  # at its first value, 0, attention would not matter
-    monkeypatch.setattr(sprig, "attend", functools.partial(sprig.attend, fused=False))
+    monkeypatch.setattr(sprig, "attend", plain_attention)
     options = {"step_size": args.unroll_step_size, "damping": args.implicit_damping, "cg_tolerance": 1e-6}
     expected = sprig.leader_gradient(*plain_losses(leader, follower, batch, args), method, **options)
     first_order = sprig.leader_gradient(*plain_losses(leader, follower, batch, args))

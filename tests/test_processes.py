@@ -105,6 +105,23 @@ def test_torchrun_trains_and_resumes(name, tmp_path):
     assert refused.returncode == 1 and "trained by 2 process(es), not 1" in refused.stderr
 
 
+def test_three_processes_draw_three_kinds_of_random_numbers(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    settings = ["--env-id=Pendulum-v1", "--num-envs=3", "--num-steps=8", "--minibatch-size=24", "--total-timesteps=24"]
+    settings += ["--eval-episodes=0", "--device=cpu", f"--run-dir={tmp_path}/run"]
+    run = subprocess.run(
+        [*launcher, str(ROOT / "ppo_continuous_baseline.py"), *settings], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    for step in (0, 24):
+        state = torch.load(tmp_path / "run" / f"checkpoint-{step}.pt", weights_only=True)
+        draws = []
+        for mine in state["random"]:
+            generator = torch.Generator().set_state(mine["cpu"])
+            draws.append(tuple(torch.rand(3, generator=generator).tolist()))
+        assert len(set(draws)) == 3, step
+
+
 def test_games_are_split_without_overlap(script):
     seeds = script.env_seeds(1, 0, 0, num_envs=8)
     played = []

@@ -122,7 +122,7 @@ def test_ten_steps_of_one_vector_are_those_of_a_tensor_each(script, update):
         adam = functools.partial(torch.optim.Adam, lr=1e-4, eps=1e-5)
         optimizers = [script.make_optimizer(p, args) if one_vector else adam(p.parameters()) for p in players]
 
-        def plainly(optimizers, loss, gradients, max_norm, **players):
+        def plainly(optimizers, gradients, max_norm, **players):
             parameters = [p for player in players.values() for p in player.parameters()]
             for p, gradient in zip(parameters, gradients):
                 p.grad = gradient
