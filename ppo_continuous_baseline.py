@@ -71,6 +71,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # first: its default arguments would keep a process group alive beyond its end
 import torch.nn as nn
 import tyro
 from torch.distributions import Categorical, Distribution, Independent, Normal

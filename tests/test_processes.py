@@ -1,5 +1,6 @@
 """Several processes under torchrun train as one would."""
 
+import os
 import subprocess
 import sys
 
@@ -105,20 +106,30 @@ def test_torchrun_trains_and_resumes(name, tmp_path):
     assert refused.returncode == 1 and "trained by 2 process(es), not 1" in refused.stderr
 
 
-def test_three_processes_draw_three_kinds_of_random_numbers(tmp_path):
+DRIVER = """
+import importlib, os, sys
+script = importlib.import_module(sys.argv[1])
+sizes = {"num_envs": 3, "num_steps": 8, "minibatch_size": 24, "total_timesteps": 24, "eval_episodes": 0}
+script.main(script.Args(run_dir=sys.argv[2], env_id=sys.argv[3], device="cpu", **sizes))
+threads = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+assert not any("gloo" in thread for thread in threads), threads
+"""
+
+
+@pytest.mark.parametrize("name", [*TWINS, *CONTINUOUS])
+def test_three_processes_draw_numbers_of_their_own_and_leave_no_thread(name, tmp_path):
+    """A thread of gloo's that is left when Python ends can abort its process, and torchrun then kills the others."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    task = "Pendulum-v1" if name in CONTINUOUS else "ALE/Pong-v5"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    settings = ["--env-id=Pendulum-v1", "--num-envs=3", "--num-steps=8", "--minibatch-size=24", "--total-timesteps=24"]
-    settings += ["--eval-episodes=0", "--device=cpu", f"--run-dir={tmp_path}/run"]
-    run = subprocess.run(
-        [*launcher, str(ROOT / "ppo_continuous_baseline.py"), *settings], capture_output=True, text=True
-    )
+    command = [*launcher, str(tmp_path / "driver.py"), name, str(tmp_path / "run"), task]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
     for step in (0, 24):
         state = torch.load(tmp_path / "run" / f"checkpoint-{step}.pt", weights_only=True)
-        draws = []
-        for mine in state["random"]:
-            generator = torch.Generator().set_state(mine["cpu"])
-            draws.append(tuple(torch.rand(3, generator=generator).tolist()))
+        generators = [torch.Generator().set_state(mine["cpu"]) for mine in state["random"]]
+        draws = [tuple(torch.rand(3, generator=generator).tolist()) for generator in generators]
         assert len(set(draws)) == 3, step
 
 
