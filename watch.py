@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import tyro
 
-SCRIPTS = ("sprig_atari.py", "ppo_atari_baseline.py", "sprig_continuous.py", "ppo_continuous_baseline.py")
+ROOT = Path(__file__).resolve().parent  # where the scripts are, and forks of them
 TITLE = 26  # height of the strip above each picture, in screen pixels
 PANEL = 130  # height of the panel below the pictures, in screen pixels
 SIDE = 384  # height of the pictures of an environment and of its attention maps
@@ -60,20 +60,24 @@ class Moment(NamedTuple):
     score: float  # sum of the raw rewards so far, this step's included
 
 
+def is_atari(script) -> bool:
+    return "ale-py" in script.SIMULATORS
+
+
 def load_run(run: Path):
     """(script, its arguments, leader, follower, one game) of a saved run."""
     try:
-        name = json.loads((run / "args.json").read_text())["script"]
+        name = Path(json.loads((run / "args.json").read_text())["script"]).name
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"error: {run} is not the folder of a run: {error}") from None
-    if name not in SCRIPTS:
-        raise SystemExit(f"error: {run} is a run of {name}, which cannot be watched; {', '.join(SCRIPTS)} can")
+    if not name.endswith(".py") or not (ROOT / name).is_file():
+        raise SystemExit(f"error: {run} is a run of {name}, which is not in {ROOT}")
     if sys.platform == "linux":  # read when MuJoCo is imported; elsewhere its own choice is right
         without_display = "egl" if ctypes.util.find_library("EGL") else "disable"  # disable: grey pictures
         os.environ.setdefault("MUJOCO_GL", "glfw" if "DISPLAY" in os.environ else without_display)
     script = importlib.import_module(Path(name).stem)
     args = dataclasses.replace(script.read_args(run), num_envs=1, reward_delay=1)  # the score as it comes
-    envs = script.make_envs(args, **({} if "atari" in name else {"render_mode": "rgb_array"}))
+    envs = script.make_envs(args, **({} if is_atari(script) else {"render_mode": "rgb_array"}))
     leader = script.Leader(envs.single_observation_space, args)
     follower = script.Follower(leader.num_features, envs.single_action_space)
     script.load_agent(run, leader, follower)
@@ -85,7 +89,7 @@ def play(script, run_args, leader, follower, envs, args: Args):
     """Yields a `Moment` for each step of one game: what the agent saw, and the score after its action."""
     torch.manual_seed(args.seed)
     obs, _ = envs.reset(seed=script.env_seeds(args.seed, 2, num_envs=1))  # stream 2: not training, not evaluation
-    view = AtariView(script, envs) if "atari" in script.__name__ else VectorView(script, envs, run_args)
+    view = AtariView(script, envs) if is_atari(script) else VectorView(script, envs, run_args)
     score = 0.0
     for _ in range(args.steps):
         with torch.inference_mode():

@@ -1,6 +1,6 @@
 """What sight is worth in a game: the returns of players that see nothing, and of agents beside blind copies of them.
 
-    python benchmark/blind.py --env-id BeamRiderNoFrameskip-v4   # players that hold one action, each action in turn
+    python benchmark/blind.py --env-id BeamRiderNoFrameskip-v4   # players that hold one action, and one that draws it
     python benchmark/blind.py RUN_DIR ...                        # trained agents, each beside its blind copy
 
 A blind copy draws its actions from the agent's mean probabilities, over all steps of the agent's games, whatever it
@@ -35,7 +35,7 @@ from watch import load_run
 @dataclass
 class Args:
     runs: Annotated[list[Path], tyro.conf.Positional] = field(default_factory=list)
-    """run folders (none: players that hold one action)"""
+    """run folders (none: players that hold one action, or draw it at random)"""
     env_id: str = "BeamRiderNoFrameskip-v4"
     """without runs: the Atari game, as in the scripts"""
     games: int = 30
@@ -70,15 +70,18 @@ def play(script, args, seed: int, choose: Callable[[np.ndarray], np.ndarray]) ->
 
 
 def hold_each_action(settings: Args) -> list[list[str]]:
-    """Rows of the table: what is held down, the returns, the games' length in agent steps."""
+    """Rows of the table: what is held down (at last: drawn anew at each step), returns, lengths in agent steps."""
     script = ppo_atari_baseline
     args = script.Args(env_id=settings.env_id, num_envs=settings.games, threads=settings.threads)
     envs = script.make_envs(args)
     names = [action.name for action in envs.unwrapped.ale.get_action_set()]
     envs.close()
+    draw = np.random.default_rng(settings.seed)
+    players = {name: lambda obs, action=action: np.full(len(obs), action) for action, name in enumerate(names)}
+    players["any at random"] = lambda obs: draw.integers(len(names), size=len(obs))
     rows = [["held down", "return", "lowest", "highest", "agent steps per game"]]
-    for action, name in enumerate(names):
-        returns, lengths = play(script, args, settings.seed, lambda obs, action=action: np.full(len(obs), action))
+    for name, choose in players.items():
+        returns, lengths = play(script, args, settings.seed, choose)
         rows.append([name, *(f"{x:.0f}" for x in (returns.mean(), returns.min(), returns.max(), lengths.mean()))])
         print(f"{name}: {returns.mean():.0f}", file=sys.stderr)
     return rows

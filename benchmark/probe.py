@@ -31,7 +31,7 @@ import tyro
 from collect import fail, render
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
-from watch import load_run
+from watch import is_atari, load_run
 
 # Addresses: the one moves with LEFT and RIGHT, the other falls from 15 by 1 with each enemy shot.
 MEMORY = {"beam_rider": {"own position": 41, "enemies left in the sector": 84}}
@@ -242,7 +242,7 @@ def main(settings: Args) -> None:
         script, args, leader, follower, envs = load_run(run)
         envs.close()
         agents[run] = script, args, leader, follower
-    atari = ["atari" in script.__name__ for script, *_ in agents.values()]
+    atari = [is_atari(script) for script, *_ in agents.values()]
     if len(set(atari)) > 1:
         fail("some runs are on Atari, some on vectors; probe one kind at a time")
     if all(atari):

@@ -7,10 +7,10 @@
 
 A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`, `seeds`, `cpus` and `gpus` of one run
 (cpus is also its --threads; 0 gpus hides them), `[flags]` of every run, and `[arms.<label>]` with `title`, `script` and
-`flags` of its own. The first arm is what the others are compared with. An arm with `beginning_of`, the name of another
-matrix, is not played here: its results are the first steps of that matrix's longer runs of the same label, as they are
-what a shorter run would have been, but for games restarted at other checkpoints (and so its step size may not be
-annealed). All is checked before anything starts.
+`flags` of its own. A script is one of the four or a fork of one, a copy beside it. The first arm is what the others are
+compared with. An arm with `beginning_of`, the name of another matrix, is not played here: its results are the first
+steps of that matrix's longer runs of the same label, as they are what a shorter run would have been, but for games
+restarted at other checkpoints (and so its step size may not be annealed). All is checked before anything starts.
 
 Each run is the ordinary script as a process of its own, in `<runs>/<matrix>/<task>__<arm>__<seed>`, its output in a
 .log beside that. Once it is finished it is exported as benchmark/collect.py says. Call the same command again as often
@@ -52,7 +52,7 @@ sys.path.insert(0, str(ROOT))
 import tyro
 from collect import LABEL, export, fail, hardware, result_path, write
 
-SCRIPTS = ("ppo_atari_baseline.py", "ppo_continuous_baseline.py", "sprig_atari.py", "sprig_continuous.py")
+PARTS = ("Args", "check_args", "env_protocol", "read_args", "load_checkpoint", "main")  # that a script has to have
 OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate", "threads")  # which this program sets (threads: cpus)
 TOP_KEYS = {"question": str, "tasks": list, "seeds": list, "cpus": int, "gpus": float, "flags": dict, "arms": dict}
 TOP_KEYS |= {"saturated": list}  # which plot.py reads
@@ -105,6 +105,18 @@ class Run:
 # ==================================================================================================
 def load_script(name: str) -> types.ModuleType:
     return importlib.import_module(Path(name).stem)
+
+
+def check_script(name: str, where: str) -> None:
+    """One of the four, or a fork of one beside them."""
+    if not re.fullmatch(r"[a-z_]\w*\.py", name, re.ASCII | re.IGNORECASE) or not (ROOT / name).is_file():
+        fail(f"{where}: there is no script {name!r} in {ROOT}")
+    try:
+        missing = [part for part in PARTS if not hasattr(load_script(name), part)]
+    except Exception as error:  # whatever is wrong with a fork
+        fail(f"{where}: script {name!r} cannot be imported: {type(error).__name__}: {error}")
+    if missing:
+        fail(f"{where}: script {name!r} has no {missing[0]}; it should be one of the four or a fork of one")
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -187,8 +199,7 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
         check_keys(arm, ARM_KEYS, where)
         if "beginning_of" in arm and arm["beginning_of"] not in others:
             fail(f"{where}: beginning_of = {arm['beginning_of']!r} is not the name of another matrix in {path.parent}")
-        if arm["script"] not in SCRIPTS:
-            fail(f"{where}: script {arm['script']!r} is none of {', '.join(SCRIPTS)}")
+        check_script(arm["script"], where)
         arms[label] = script_arguments(matrix.get("flags", {}) | arm.get("flags", {}), arm["script"], where)
         if arms[label].get("device", "auto") not in ("auto", "cpu") and not gpus:
             fail(f"{where}: device = {arms[label]['device']!r}, but gpus = 0")

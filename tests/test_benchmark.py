@@ -20,6 +20,8 @@ import run as runner
 import speed
 from conftest import ROOT
 
+import watch
+
 MATRICES = sorted((ROOT / "benchmark" / "matrices").glob("*.toml"))
 TINY = """
 question = "Does it run?"
@@ -271,12 +273,34 @@ def test_an_arm_can_be_the_beginning_of_another_matrix_and_is_what_a_shorter_run
     assert state() == "differs: results/alone/CartPole-v1/ppo_seed1.json has 256 agent steps, fewer than 512"
 
 
+def test_a_fork_is_played_and_watched_like_the_scripts(folder, monkeypatch):
+    """A copy under another name, here with another default."""
+    text = (ROOT / "sprig_continuous.py").read_text()
+    changed = "clip_coef: float = 0.2"
+    assert text.count(changed) == 1
+    (folder / "my_sprig.py").write_text(text.replace(changed, "clip_coef: float = 0.3"))
+    monkeypatch.setattr(runner, "ROOT", folder)
+    monkeypatch.setattr(watch, "ROOT", folder)
+    monkeypatch.syspath_prepend(folder)
+    play_only(write_matrix(changes={"[arms.ppo]": "[arms.mine]", "ppo_continuous_baseline.py": "my_sprig.py"}))
+    record = json.loads((folder / "results" / "tiny" / "CartPole-v1" / "mine_seed1.json").read_text())
+    assert (record["script"], record["arguments"]["clip_coef"]) == ("my_sprig.py", 0.3)
+    script, args, leader, *_, envs = watch.load_run(folder / "runs" / "tiny" / "CartPole-v1__mine__1")
+    envs.close()
+    assert (script.__name__, args.clip_coef) == ("my_sprig", 0.3) and leader.gates()
+    (folder / "broken.py").write_text("import there_is_no_such_module")
+    with pytest.raises(SystemExit, match="'broken.py' cannot be imported: ModuleNotFoundError"):
+        runner.check_script("broken.py", "here")
+
+
 BAD = {
     "unknown key": ({"tasks =": "games ="}, "games is not a key"),
     "missing key": ({"seeds = [1]": ""}, "seeds is missing"),
     "key of an arm": ({'title = "PPO"': 'name = "PPO"'}, "arms.ppo: name is not a key"),
     "not TOML": ({"seeds = [1]": "seeds = [1"}, "is not TOML"),
-    "unknown script": ({"ppo_continuous_baseline.py": "ppo.py"}, "script 'ppo.py' is none of"),
+    "unknown script": ({"ppo_continuous_baseline.py": "ppo.py"}, "there is no script 'ppo.py' in"),
+    "no script of that kind": ({"ppo_continuous_baseline.py": "watch.py"}, "script 'watch.py' has no check_args"),
+    "script elsewhere": ({"ppo_continuous_baseline.py": "benchmark/run.py"}, "there is no script 'benchmark/run.py'"),
     "unknown flag": ({"num-steps": "num-step"}, "has no flag --num-step; did you mean num-steps?"),
     "underscore": ({"num-steps": "num_steps"}, "has no flag --num_steps; did you mean num-steps?"),
     "flag of the twin": ({"num-steps = 32": "num-steps = 32\nattention = 'none'"}, "has no flag --attention"),

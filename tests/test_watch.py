@@ -122,5 +122,5 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="is not the folder of a run"):
         watch.main(watch.Args(tmp_path))
     (tmp_path / "args.json").write_text('{"script": "json.py"}')
-    with pytest.raises(SystemExit, match="is a run of json.py, which cannot be watched"):
+    with pytest.raises(SystemExit, match="is a run of json.py, which is not in"):
         watch.main(watch.Args(tmp_path))
