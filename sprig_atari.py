@@ -1058,7 +1058,8 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
     else:
         gradients, gradient_info = total_derivative(follower, features, cost, theta, phi, minibatch, args)
         info |= gradient_info
-    loss, old_logits, values = loss.detach(), old_logits.detach(), values.detach()  # their graph is used up
+    # Their graph is used up, and may not outlive --compile's cut at the optimizer.
+    loss, old_logits, values = loss.detach(), old_logits.detach(), values.detach()
     info["leader/grad_norm"] = descend([leader_optimizer], gradients, args.max_grad_norm, leader=leader)
 
     # 2. The follower sees what the leader now shows: features recomputed, θ held fixed (line 13).
