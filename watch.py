@@ -230,7 +230,8 @@ def main(args: Args) -> tuple[Path, Path]:
     video.release()
     envs.close()
     chosen = np.linspace(0, len(kept) - 1, min(args.sheet, len(kept))).round().astype(int)
-    sheet = contact_sheet([kept[i] for i in chosen], columns=2 if kept[0].shape[1] > 1000 else 4)
+    columns = 4 if kept[0].shape[1] < 1000 else 1 if len(chosen) < 5 else 2
+    sheet = contact_sheet([kept[i] for i in chosen], columns)
     if not cv2.imwrite(str(sheet_path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR)):
         raise SystemExit(f"error: {sheet_path} cannot be written")
     print(f"{step + 1} steps in {video_path}, contact sheet in {sheet_path}")

@@ -1,6 +1,7 @@
 """What an encoder's features tell: a linear probe of the game's state, and whether attention finds what is true.
 
     python benchmark/probe.py RUN_DIR ...
+    python benchmark/probe.py RUN_DIR ... --attention-off
 
 Runs on Atari: every agent plays `games` games with its own actions. On all these observations together a ridge
 regression reads the state of the game from each run's features, and, to compare with, from those of a network that
@@ -11,6 +12,11 @@ for the score.
 
 Runs on vectors trained with `--distractors k`: the share of each layer's attention that the n true entries receive,
 over the share of a uniform map; mean over all entries that pay. 1 is no preference, (n + k) / n all of it on the n.
+
+With `--attention-off`, on Atari or vectors: each layer's gate |γ|, in percent, and attention entropy (1: uniform), and
+what becomes of the same agent if attention is switched off in it, all γ = 0, on the observations of its own game: the
+change of the features, in percent of their norm, and of the policy, KL(π ‖ π without attention) in thousandths of a
+nat.
 
 Runs called <task>__<arm>__<seed>, as run.py calls them, make one row: mean ± standard deviation over their seeds.
 """
@@ -49,6 +55,8 @@ class Args:
     """agent steps per game at most"""
     every: int = 4
     """one of so many observations is kept: neighbours tell the same"""
+    attention_off: bool = False
+    """measure what attention does in the agents instead"""
     seed: int = 0
     """seed of the games and actions"""
     output: Path | None = None
@@ -158,25 +166,51 @@ def show(r2: float) -> str:
     return CONSTANT if np.isnan(r2) else f"{r2:.2f}"
 
 
+@torch.inference_mode()
+def own_observations(script, args, leader, follower, settings: Args) -> torch.Tensor:
+    """One of `settings.every` observations (M, ...) of `settings.steps` agent steps with the agent's own actions."""
+    envs = script.make_envs(args)
+    torch.manual_seed(settings.seed)
+    obs, _ = envs.reset(seed=script.env_seeds(settings.seed, 2, num_envs=1))
+    seen = []
+    for _ in range(settings.steps):
+        seen.append(torch.from_numpy(obs.copy()))
+        obs = envs.step(script.action_distribution(follower(leader(seen[-1]))[0]).sample().numpy())[0]
+    envs.close()
+    return torch.cat(seen[:: settings.every])
+
+
+@torch.inference_mode()
+def attention_at_work(agents: dict, settings: Args) -> list[list[str]]:
+    """Rows of the table: run, |γ| and entropy of each layer, and what switching attention off does."""
+    layers = [f"layer {k}" for k in (1, 2, 3)]
+    rows = [["run", *(f"γ, %, {k}" for k in layers), *(f"entropy, {k}" for k in layers), "features, %", "policy, mnat"]]
+    for run, (script, args, leader, follower) in agents.items():
+        gates = [block.gate for block in getattr(leader, "blocks", []) if block is not None]
+        if not gates or gates[0] is None:
+            fail(f"{run} has no attention with a gate to switch off")
+        obs = own_observations(script, args, leader, follower, settings)
+        features, attention = leader(obs, num_rows=0)
+        cells = [f"{100 * gate.abs().item():.1f}" for gate in gates]
+        cells += [f"{script.perception_cost([rows], 'entropy').mean().item():.2f}" for rows in attention]
+        for gate in gates:
+            gate.zero_()
+        without = leader(obs)
+        policy, changed = (script.action_distribution(follower(x)[0]) for x in (features, without))
+        cells.append(f"{100 * ((features - without).norm() / features.norm()).item():.1f}")
+        cells.append(f"{1000 * torch.distributions.kl_divergence(policy, changed).mean().item():.1f}")
+        rows.append([str(run), *cells])
+    return rows
+
+
 def attention_on_truth(agents: dict, settings: Args) -> list[list[str]]:
     """Rows of the table: run, distractors, then each layer's preference for the true entries."""
     rows = [["run", "true entries", "distractors", "layer 1", "layer 2", "layer 3"]]
     for run, (script, args, leader, follower) in agents.items():
         if not args.distractors:
             fail(f"{run} was trained without --distractors; there is nothing to ignore")
-        envs = script.make_envs(args)
-        torch.manual_seed(settings.seed)
-        obs, _ = envs.reset(seed=script.env_seeds(settings.seed, 2, num_envs=1))
-        seen = []
-        for _ in range(settings.steps):
-            with torch.inference_mode():
-                tensor = torch.from_numpy(obs)
-                seen.append(tensor)
-                obs = envs.step(script.action_distribution(follower(leader(tensor))[0]).sample().numpy())[0]
-        envs.close()
-        received = [
-            layer.mean(0) for layer in leader.attention_received(torch.cat(seen[:: settings.every]))
-        ]  # 1: average
+        obs = own_observations(script, args, leader, follower, settings)
+        received = [layer.mean(0) for layer in leader.attention_received(obs)]  # 1: average
         true = obs.shape[-1] - args.distractors
         cells = [f"{layer[:true].mean():.2f}" for layer in received] or ["no attention"] * 3
         rows.append([str(run), str(true), str(args.distractors), *cells])
@@ -202,12 +236,13 @@ def over_seeds(rows: list[list[str]]) -> list[list[str]]:
 
 
 def mean_cell(cells: tuple[str, ...]) -> str:
-    """ "1.00 ± 0.10" of several numbers; what all have in common, as it stands."""
+    """ "1.00 ± 0.10" of several numbers, with as many digits; what all have in common, as it stands."""
     if len(set(cells)) == 1:
         return cells[0]
-    known = [float(cell) for cell in cells if cell != CONSTANT]
-    mean = f"{statistics.mean(known):.2f}"
-    mean += f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    known = [cell for cell in cells if cell != CONSTANT]
+    digits, known = max(len(cell.partition(".")[2]) for cell in known), [*map(float, known)]
+    mean = f"{statistics.mean(known):.{digits}f}"
+    mean += f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
     return mean if len(known) == len(cells) else f"{mean} ({len(known)} of {len(cells)})"
 
 
@@ -245,14 +280,15 @@ def main(settings: Args) -> None:
     atari = [is_atari(script) for script, *_ in agents.values()]
     if len(set(atari)) > 1:
         fail("some runs are on Atari, some on vectors; probe one kind at a time")
-    if all(atari):
+    if all(atari) and not settings.attention_off:
         if settings.games * len(agents) < 5:
             fail("fewer than 5 games in all: none would be left to score the probe on; raise --games")
         if len({(args.env_id, args.observation_noise, args.distractors) for _, args, *_ in agents.values()}) > 1:
             fail("the runs differ in --env-id, --observation-noise or --distractors; probe one kind at a time")
         if any(args.observation_noise or args.distractors for _, args, *_ in agents.values()):
             fail("runs with --observation-noise or --distractors on Atari cannot be probed: the games here are clean")
-    write_table((probe_states if all(atari) else attention_on_truth)(agents, settings), settings.output)
+    measure = attention_at_work if settings.attention_off else probe_states if all(atari) else attention_on_truth
+    write_table(measure(agents, settings), settings.output)
 
 
 if __name__ == "__main__":

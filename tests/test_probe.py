@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import probe
 import pytest
+import torch
 from ale_py.vector_env import AtariVectorEnv
 from conftest import ROOT
 
@@ -27,6 +28,8 @@ def test_runs_that_differ_in_the_seed_make_one_row():
     rows = [["run", "a", "b"], ["runs/x-v1__a__1", "0.40", "12"], ["runs/x-v1__a__2", "0.60", "12"]]
     rows.append(["pixels", "constant", "3"])
     assert probe.over_seeds(rows)[1:] == [["runs/x-v1__a", "2", "0.50 ± 0.14", "12"], ["pixels", "1", "constant", "3"]]
+    shorter = [["run", "a"], ["runs/x-v1__a__1", "7"], ["runs/x-v1__a__2", "10"], ["runs/x-v1__a__3", "13"]]
+    assert probe.over_seeds(shorter)[1] == ["runs/x-v1__a", "3", "10 ± 3"]  # as many digits as they have
     rows[2][1] = "constant"
     assert probe.over_seeds(rows)[1] == ["runs/x-v1__a", "2", "0.40 (1 of 2)", "12"]
     assert probe.over_seeds(rows[:2]) == rows[:2]  # single runs are left as they are
@@ -82,6 +85,30 @@ def test_real_runs_are_probed(script, tmp_path):
         assert rows[2][1:3] == ["3", "2"] and len(rows[2]) == len(rows[0])
         if script is sprig_continuous:
             assert all(0.3 < float(cell) < 5 / 3 for cell in rows[2][3:])
+
+
+@pytest.mark.parametrize("script", [sprig_atari, sprig_continuous])
+def test_switching_attention_off_tells_what_it_does(script):
+    args = script.Args(**({} if script is sprig_atari else {"env_id": "Pendulum-v1"}), num_envs=1)
+    envs = script.make_envs(args)
+    leader = script.Leader(envs.single_observation_space, args)
+    follower = script.Follower(leader.num_features, envs.single_action_space)
+    envs.close()
+    settings = probe.Args([], steps=20, attention_off=True)
+    for gate in getattr(leader, "layer_gates", ()):  # else no layer has a say, with or without attention
+        torch.nn.init.constant_(gate, 0.5)
+    cells = []
+    for gate in (0.0, -0.25):
+        for block in leader.blocks:
+            torch.nn.init.constant_(block.gate, gate)
+        _, (name, *numbers) = probe.attention_at_work({"x": (script, args, leader, follower)}, settings)
+        cells.append([float(number) for number in numbers])
+    assert cells[0][:3] == [0, 0, 0] and cells[0][6:] == [0, 0]
+    assert cells[1][:3] == [25, 25, 25] and cells[1][6] > 1 and all(0.9 < entropy <= 1 for entropy in cells[1][3:6])
+    assert not any(block.gate.any() for block in leader.blocks)  # they are switched off, and the agent is spent
+    leader.blocks[0].gate = None
+    with pytest.raises(SystemExit, match="x has no attention with a gate"):
+        probe.attention_at_work({"x": (script, args, leader, follower)}, settings)
 
 
 def test_an_enemy_shot_is_one_enemy_fewer():
