@@ -18,7 +18,7 @@ PPO: Schulman et al. 2017 (arXiv 1707.06347). CNN: Mnih et al. 2015 (doi 10.1038
 Defaults are Table 1 of the SPRIG paper (arXiv 2502.14264), not those of the PPO paper.
 
 Measured so far (BeamRiderNoFrameskip-v4, AMD EPYC CPU, torch 2.13.0, ale-py 0.12.1; 30 games each): 553 points
-after 502k agent steps (mean of seeds 1 to 5; 501 to 592), where a random agent scores 364; README compares.
+after 502k agent steps (mean of seeds 1 to 5; 501 to 592), where a random agent scores 361; README compares.
 
 This file names its encoder `Leader` and its heads `Follower`, as sprig_atari.py does, so that
 `diff -y -W 250 ppo_atari_baseline.py sprig_atari.py` shows the algorithm and nothing else.
@@ -170,7 +170,7 @@ def fail(message: str):
 
 
 def check_types(args: Args) -> Args:
-    """Raises ValueError if a field is not of its type: the command line checks that, main(Args(...)) does not."""
+    """Raises ValueError if a field is not of its type, as tyro does, for callers of `main` and for args.json."""
     for name, hint in get_type_hints(Args).items():
         value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
         if isinstance(value, Path) and str in kinds:
@@ -1043,7 +1043,7 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": gpu})
     if processes()[0] == 0:
         write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
-        # Checkpoints of later steps do not count: this run was resumed behind them, so they could not be read.
+        # Checkpoints of later steps do not count: this run was resumed from before them, so they could not be read.
         for path in checkpoint_paths(run_dir, before=progress["global_step"])[1:]:
             path.unlink()
 

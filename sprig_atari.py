@@ -20,7 +20,7 @@ Algorithm 1); DEVIATION marks each place where this code does not do what is pri
 its row in docs/paper.md. `--paper-literal` runs the paper as printed.
 
 Measured so far (BeamRiderNoFrameskip-v4, AMD EPYC CPU, torch 2.13.0, ale-py 0.12.1; 30 games each): 533 points
-after 502k agent steps (mean of seeds 1 to 5; 477 to 607), where a random agent scores 364; README compares.
+after 502k agent steps (mean of seeds 1 to 5; 477 to 607), where a random agent scores 361; README compares.
 
 Changes relative to ppo_atari_baseline.py: the leader has LayerNorm, attention and a feature scale,
 pays for its attention, and moves first on a utility of its own; the follower then takes PPO's step
@@ -232,7 +232,7 @@ def fail(message: str):
 
 
 def check_types(args: Args) -> Args:
-    """Raises ValueError if a field is not of its type: the command line checks that, main(Args(...)) does not."""
+    """Raises ValueError if a field is not of its type, as tyro does, for callers of `main` and for args.json."""
     for name, hint in get_type_hints(Args).items():
         value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
         if isinstance(value, Path) and str in kinds:
@@ -1312,7 +1312,7 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     average([table])
     means = dict(zip(history[0], table.mean(0).tolist()))
     for name, mean in means.items():  # on a GPU and compiled the only check of each step (see descend)
-        if name.endswith(("loss", "grad_norm")) and not np.isfinite(mean):
+        if name.endswith(("loss", "utility", "grad_norm")) and not np.isfinite(mean):
             raise FloatingPointError(f"{name} is not finite")
     return means
 
@@ -1566,7 +1566,7 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": gpu})
     if processes()[0] == 0:
         write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
-        # Checkpoints of later steps do not count: this run was resumed behind them, so they could not be read.
+        # Checkpoints of later steps do not count: this run was resumed from before them, so they could not be read.
         for path in checkpoint_paths(run_dir, before=progress["global_step"])[1:]:
             path.unlink()
 

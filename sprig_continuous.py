@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium==1.4.0",
@@ -245,7 +245,7 @@ def fail(message: str):
 
 
 def check_types(args: Args) -> Args:
-    """Raises ValueError if a field is not of its type: the command line checks that, main(Args(...)) does not."""
+    """Raises ValueError if a field is not of its type, as tyro does, for callers of `main` and for args.json."""
     for name, hint in get_type_hints(Args).items():
         value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
         if isinstance(value, Path) and str in kinds:
@@ -1490,7 +1490,7 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     average([table])
     means = dict(zip(history[0], table.mean(0).tolist()))
     for name, mean in means.items():  # on a GPU and compiled the only check of each step (see descend)
-        if name.endswith(("loss", "grad_norm")) and not np.isfinite(mean):
+        if name.endswith(("loss", "utility", "grad_norm")) and not np.isfinite(mean):
             raise FloatingPointError(f"{name} is not finite")
     return means
 
@@ -1744,7 +1744,7 @@ def save_checkpoint(run_dir: Path, parts: dict, progress: dict) -> None:
     state["random"] = gather({"cpu": torch.get_rng_state(), "cuda": gpu})
     if processes()[0] == 0:
         write_state(run_dir / f"checkpoint-{progress['global_step']}.pt", state)
-        # Checkpoints of later steps do not count: this run was resumed behind them, so they could not be read.
+        # Checkpoints of later steps do not count: this run was resumed from before them, so they could not be read.
         for path in checkpoint_paths(run_dir, before=progress["global_step"])[1:]:
             path.unlink()
 

@@ -76,6 +76,8 @@ def load_run(run: Path):
         without_display = "egl" if ctypes.util.find_library("EGL") else "disable"  # disable: grey pictures
         os.environ.setdefault("MUJOCO_GL", "glfw" if "DISPLAY" in os.environ else without_display)
     script = importlib.import_module(Path(name).stem)
+    if not hasattr(script, "load_agent"):
+        raise SystemExit(f"error: {run} is a run of {name}, which cannot be watched")
     args = dataclasses.replace(script.read_args(run), num_envs=1, reward_delay=1)  # the score as it comes
     envs = script.make_envs(args, **({} if is_atari(script) else {"render_mode": "rgb_array"}))
     leader = script.Leader(envs.single_observation_space, args)

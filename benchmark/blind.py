@@ -70,7 +70,7 @@ def play(script, args, seed: int, choose: Callable[[np.ndarray], np.ndarray]) ->
 
 
 def hold_each_action(settings: Args) -> list[list[str]]:
-    """Rows of the table: what is held down (at last: drawn anew at each step), returns, lengths in agent steps."""
+    """Rows of the table: what is held down (in the last row: drawn at each step), returns, lengths in agent steps."""
     script = ppo_atari_baseline
     args = script.Args(env_id=settings.env_id, num_envs=settings.games, threads=settings.threads)
     envs = script.make_envs(args)

@@ -18,8 +18,8 @@ The same for every matrix:
 - A curve has 100 points, each the mean return of the whole games that ended within the 10 % of the steps before it. The
   last one is the final score. The area under the curve, over its length, is the mean of the ten windows of 10 % that
   make up the training ("mean over training").
-- Every game counts once, however long it is, so that short games weigh more per step than long ones; and of a task that
-  is learnt within the first tenth of the steps a curve shows late what came early.
+- Every game counts once, however long it is, so that short games weigh more per step than long ones; and the curve of a
+  task that is learnt early rises late, as short games from the beginning fill the first windows.
 - From 7 arms on, whose curves would hide each other, a figure has a row per arm: its mean over training.
 - Against time the same points stand at the seconds at which the run had come so far; a mean over seeds at their mean.
 - Arms are judged by the final score. The mean over training, tested apart, is for tasks that have a highest return.

@@ -198,7 +198,7 @@ def attention_at_work(agents: dict, settings: Args) -> list[list[str]]:
         without = leader(obs)
         policy, changed = (script.action_distribution(follower(x)[0]) for x in (features, without))
         cells.append(f"{100 * ((features - without).norm() / features.norm()).item():.1f}")
-        cells.append(f"{1000 * torch.distributions.kl_divergence(policy, changed).mean().item():.1f}")
+        cells.append(f"{1000 * torch.distributions.kl_divergence(policy, changed).mean().clamp_min(0).item():.1f}")
         rows.append([str(run), *cells])
     return rows
 

@@ -52,7 +52,7 @@ sys.path.insert(0, str(ROOT))
 import tyro
 from collect import LABEL, export, fail, hardware, result_path, write
 
-PARTS = ("Args", "check_args", "env_protocol", "read_args", "load_checkpoint", "main")  # that a script has to have
+PARTS = ("Args", "check_args", "env_protocol", "checkpoint_paths", "load_checkpoint", "MAY_CHANGE", "main")
 OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate", "threads")  # which this program sets (threads: cpus)
 TOP_KEYS = {"question": str, "tasks": list, "seeds": list, "cpus": int, "gpus": float, "flags": dict, "arms": dict}
 TOP_KEYS |= {"saturated": list}  # which plot.py reads
@@ -108,8 +108,10 @@ def load_script(name: str) -> types.ModuleType:
 
 
 def check_script(name: str, where: str) -> None:
-    """One of the four, or a fork of one beside them."""
-    if not re.fullmatch(r"[a-z_]\w*\.py", name, re.ASCII | re.IGNORECASE) or not (ROOT / name).is_file():
+    """One of the four, or a fork of one beside them, which has to have the same PARTS."""
+    if not re.fullmatch(r"[a-z_]\w*\.py", name, re.ASCII | re.IGNORECASE):
+        fail(f"{where}: script {name!r} is no name for one: letters, digits and _, then .py")
+    if not (ROOT / name).is_file():
         fail(f"{where}: there is no script {name!r} in {ROOT}")
     try:
         missing = [part for part in PARTS if not hasattr(load_script(name), part)]

@@ -300,7 +300,7 @@ BAD = {
     "not TOML": ({"seeds = [1]": "seeds = [1"}, "is not TOML"),
     "unknown script": ({"ppo_continuous_baseline.py": "ppo.py"}, "there is no script 'ppo.py' in"),
     "no script of that kind": ({"ppo_continuous_baseline.py": "watch.py"}, "script 'watch.py' has no check_args"),
-    "script elsewhere": ({"ppo_continuous_baseline.py": "benchmark/run.py"}, "there is no script 'benchmark/run.py'"),
+    "script elsewhere": ({"ppo_continuous_baseline.py": "benchmark/run.py"}, "'benchmark/run.py' is no name for one"),
     "unknown flag": ({"num-steps": "num-step"}, "has no flag --num-step; did you mean num-steps?"),
     "underscore": ({"num-steps": "num_steps"}, "has no flag --num_steps; did you mean num-steps?"),
     "flag of the twin": ({"num-steps = 32": "num-steps = 32\nattention = 'none'"}, "has no flag --attention"),

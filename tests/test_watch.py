@@ -124,3 +124,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "args.json").write_text('{"script": "json.py"}')
     with pytest.raises(SystemExit, match="is a run of json.py, which is not in"):
         watch.main(watch.Args(tmp_path))
+    (tmp_path / "args.json").write_text('{"script": "sprig_tabular.py"}')
+    with pytest.raises(SystemExit, match="is a run of sprig_tabular.py, which cannot be watched"):
+        watch.main(watch.Args(tmp_path))
