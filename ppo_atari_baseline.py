@@ -789,7 +789,7 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     average([table])
     means = dict(zip(history[0], table.mean(0).tolist()))
     for name, mean in means.items():  # on a GPU and compiled the only check of each step (see descend)
-        if name.endswith(("loss", "grad_norm")) and not np.isfinite(mean):
+        if name.endswith(("loss", "utility", "grad_norm")) and not np.isfinite(mean):
             raise FloatingPointError(f"{name} is not finite")
     return means
 
