@@ -80,9 +80,9 @@ PUBLISHED = {  # of PPO: what it is, and each source's return
     "Walker2d-v5": ("1M steps, v4", {"CleanRL": 2287}),
     "InvertedPendulum-v5": ("1M steps, v4", {"CleanRL": 963}),
 }
-LEVELS = ("headline", "beamrider", "mujoco")  # matrices that show them: the tasks are undisturbed
+LEVELS = ("headline", "beamrider", "beamrider-1m", "mujoco")  # matrices that show them: the tasks are undisturbed
 # Matrices that show Figure 2, its task, and its column for each arm.
-PAPER = (("headline", "beamrider"), "BeamRiderNoFrameskip-v4", {"ppo": "ppo_mean", "sprig": "sprig_mean"})
+PAPER = (LEVELS[:3], "BeamRiderNoFrameskip-v4", {"ppo": "ppo_mean", "sprig": "sprig_mean"})
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")  # Okabe and Ito's
 # Arms of the same kind have the same of these in every figure; other arms have what a figure leaves free.
 KINDS = {"ppo": 0, "a0": 0, "sprig": 1, "a6": 1, "joint": 2, "a1": 2, "sprig-value": 3, "a6v": 3}
