@@ -34,8 +34,8 @@ The same for every matrix:
   stratified bootstrap, over the seeds that an arm has on every task compared. Scores are scaled so that 1 is the
   reference's mean on the task and 0 a random agent's where it is known, else a return of 0; the reference's mean is
   drawn anew in every resample. The reference's own interquartile mean stands beside: it is not 1 if its scores are
-  skewed. Tasks that the matrix calls `saturated`, since most seeds of every arm reach the highest
-  return, pull an interquartile mean to 1 and narrow its interval: a second row leaves them out.
+  skewed. Tasks that the matrix calls `saturated`, since most seeds of every arm reach the highest return, pull an
+  interquartile mean to 1 and narrow its interval: a second row leaves them out.
 """
 
 import csv

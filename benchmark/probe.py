@@ -175,7 +175,7 @@ def own_observations(script, args, leader, follower, settings: Args) -> torch.Te
     seen = []
     for _ in range(settings.steps):
         seen.append(torch.from_numpy(obs.copy()))
-        obs = envs.step(script.action_distribution(follower(leader(seen[-1]))[0]).sample().numpy())[0]
+        obs = envs.step(script.sample(script.action_distribution(follower(leader(seen[-1]))[0])).numpy())[0]
     envs.close()
     return torch.cat(seen[:: settings.every])
 

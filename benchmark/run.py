@@ -182,8 +182,8 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
             fail(f"{path}: {key} = {matrix[key]} is not a list of {kind.__name__}, at least one")
         if double := [value for value in matrix[key] if matrix[key].count(value) > 1]:
             fail(f"{path}: {key} has {double[0]} twice")
-    if strange := set(matrix.get("saturated", [])) - set(tasks):
-        fail(f"{path}: saturated has {strange.pop()!r}, which is not one of the tasks")
+    if strange := [task for task in matrix.get("saturated", []) if task not in tasks]:
+        fail(f"{path}: saturated has {strange[0]!r}, which is not one of the tasks")
     if cpus < 1:
         fail(f"{path}: cpus must be at least 1, not {cpus}")
     if not 0 <= gpus <= 1:

@@ -307,6 +307,10 @@ BAD = {
     "flag of the runner": ({"num-steps = 32": "num-steps = 32\nseed = 3"}, "--seed is not for the matrix"),
     "label": ({"[arms.ppo]": "[arms.PPO_1]"}, "arms.PPO_1: a label consists of"),
     "no arms": ({"[arms.ppo]": "[arms]"}, "is not a table"),
+    "saturated": (
+        {"seeds = [1]": "seeds = [1]\nsaturated = [['Pong']]"},
+        "saturated has ['Pong'], which is not one of",
+    ),
     "double seed": ({"seeds = [1]": "seeds = [1, 2, 1]"}, "seeds has 1 twice"),
     "no seeds": ({"seeds = [1]": "seeds = []"}, "is not a list of int, at least one"),
     "seed that is a word": ({"seeds = [1]": "seeds = ['1']"}, "is not a list of int"),

@@ -14,6 +14,8 @@ from test_runs import scalars
 import ppo_atari_baseline
 import sprig_atari
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
 
 def one_update(script, settings, rank, num_processes):
     """An update on this process's part of a batch that is the same everywhere. Returns weights and metrics."""
@@ -82,8 +84,7 @@ def test_two_processes_observe_like_one(tmp_path):
 @pytest.mark.parametrize("name", [*TWINS, "sprig_continuous"])
 def test_torchrun_trains_and_resumes(name, tmp_path):
     def run(*flags):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command = [*launcher, str(ROOT / f"{name}.py"), *flags]
+        command = [*TORCHRUN, "--nproc-per-node=2", str(ROOT / f"{name}.py"), *flags]
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     settings = {"num-envs": 4, "num-steps": 16, "minibatch-size": 16, "max-episode-steps": 20, "eval-episodes": 1}
@@ -121,8 +122,7 @@ def test_three_processes_draw_numbers_of_their_own_and_leave_no_thread(name, tmp
     """A thread of gloo's that is left when Python ends can abort its process, and torchrun then kills the others."""
     (tmp_path / "driver.py").write_text(DRIVER)
     task = "Pendulum-v1" if name in CONTINUOUS else "ALE/Pong-v5"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    command = [*launcher, str(tmp_path / "driver.py"), name, str(tmp_path / "run"), task]
+    command = [*TORCHRUN, "--nproc-per-node=3", str(tmp_path / "driver.py"), name, str(tmp_path / "run"), task]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
