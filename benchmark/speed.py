@@ -3,12 +3,13 @@
     python benchmark/speed.py                        # BeamRider at Table 1's settings
     python benchmark/speed.py --settings cleanrl     # BeamRider at those that CleanRL publishes
     python benchmark/speed.py --family continuous    # HalfCheetah
+    python benchmark/speed.py --family continuous --compile --steps 102400   # under torch.compile
     python benchmark/speed.py --device cuda
     python benchmark/speed.py --cleanrl-clone CLONE --cleanrl-python PYTHON   # CleanRL's PPO takes part
 
 Each round trains every contestant for `steps` agent steps, in a process of its own, so that a machine whose speed
 drifts slows all of them; ratios are taken within a round and their median reported. Start-up is not counted, nor is the
-first rollout with its update, in which kernels are chosen and, on a GPU, loaded.
+first rollout with its update, in which kernels are chosen, with --compile made, and, on a GPU, loaded.
 stable-baselines3 plays through its own wrappers: Atari's, environments in one process (its default), or VecNormalize.
 CleanRL's ppo_atari.py or ppo_continuous_action.py runs as it is in a clone of https://github.com/vwxyzjn/cleanrl, on as
 many environments, steps, minibatches and epochs (and on HalfCheetah-v4, as it asks for a Gymnasium that has no v5). It
@@ -18,8 +19,8 @@ After the rounds each twin trains once more under a clock, which tells the phase
 device at each change of phase). Then its last gradient step is repeated alone. Two limits follow, in steps per
 second: `bare update` if all but the gradient steps were free; `arithmetic` if nothing took time but the floating-point
 operations, at the rate of a large matrix product. And a profile of that gradient step: each operation's share of it,
-without those that it calls (on a GPU: of the time in which the CPU is busy handing them out). Writes a table in
-Markdown and all that was measured as CSV.
+without those that it calls (on a GPU: of the time in which the CPU is busy handing them out). With --compile there is
+no clock: the phases are one graph. Writes a table in Markdown and all that was measured as CSV.
 """
 
 import csv
@@ -83,12 +84,14 @@ class Args:
     """CPU threads of the networks and of the emulator (0: 2 on Atari, 1 on vectors)"""
     device: str = "cpu"
     """where the networks are: cpu or cuda"""
+    compile: bool = False
+    """the twins under their --compile; the others as they are"""
     cleanrl_clone: Path | None = None
     """a clone of CleanRL, whose PPO then takes part"""
     cleanrl_python: str = sys.executable
     """the Python that runs it: CleanRL asks for older packages than ours"""
     output: Path | None = None
-    """the table; its data as .csv beside it (default: benchmark/results/speed[_continuous][_cleanrl][_cuda].md)"""
+    """the table; its data as .csv beside it (default: benchmark/results/speed, _continuous, _cleanrl, ... .md)"""
     contestant: str = "all"
     """run this one once in this process and print what was measured"""
     clock: bool = False
@@ -283,7 +286,8 @@ def cleanrl(args: Args) -> dict:
 def ours(name: str, args: Args) -> dict:
     """One training run. With `clock`, each phase's share of the time, and the limits."""
     script = importlib.import_module(Path(name).stem)
-    settings = {"device": args.device, "threads": args.threads, "eval_episodes": 0} | SETTINGS[args.settings]
+    settings = {"device": args.device, "threads": args.threads, "eval_episodes": 0, "compile": args.compile}
+    settings |= SETTINGS[args.settings]
     _, rollout = settings_of(args)
     settings |= {"total_timesteps": rollout + args.steps}
     clock = Clock(args.device)
@@ -332,6 +336,7 @@ def measure(name: str, args: Args, clock: bool = False) -> dict:
     command += ["--contestant", name, "--steps", str(args.steps), "--threads", str(args.threads)]
     if name == CLEANRL:
         command += ["--cleanrl-clone", str(args.cleanrl_clone), "--cleanrl-python", args.cleanrl_python]
+    command += ["--compile"] if args.compile else []
     command += ["--clock"] if clock else []
     return json.loads(output_of(command, name).splitlines()[-1])
 
@@ -360,6 +365,8 @@ def check(args: Args) -> Args:
         raise SystemExit("error: --settings cleanrl is for Atari; the vector scripts' own settings are CleanRL's")
     if args.clock and args.contestant not in TWINS[args.family]:
         raise SystemExit(f"error: --clock is for one script: add --contestant with {' or '.join(TWINS[args.family])}")
+    if args.clock and args.compile:
+        raise SystemExit("error: --clock cannot look into what --compile makes one graph; leave one out")
     if args.contestant == CLEANRL and not args.cleanrl_clone:
         raise SystemExit(f"error: --contestant {CLEANRL} needs --cleanrl-clone")
     if args.contestant not in ("all", *contestants(args)):
@@ -401,13 +408,15 @@ def main(args: Args) -> None:
         print(json.dumps(contest(args)))
         return
     suffix = "" if atari else "_continuous"
-    suffix += ("" if args.settings == "default" else f"_{args.settings}") + ("" if args.device == "cpu" else "_cuda")
+    suffix += ("" if args.settings == "default" else f"_{args.settings}") + ("_compile" if args.compile else "")
+    suffix += "" if args.device == "cpu" else "_cuda"
     output = args.output or Path(f"benchmark/results/speed{suffix}.md")
     check_output(output, ".md", "the data go into .csv beside it")
     simulator = "ale-py" if atari else "mujoco"
     packages = ("torch", simulator, "gymnasium", "stable-baselines3")
     command = f"python benchmark/speed.py --family {args.family} --settings {args.settings} --rounds {args.rounds}"
     command += f" --steps {args.steps} --threads {args.threads} --device {args.device}"
+    command += " --compile" if args.compile else ""
     command += " --cleanrl-clone CLONE --cleanrl-python PYTHON" if args.cleanrl_clone else ""
     heading = f"`{command}` on {machine(args.device)}, Python {platform.python_version()}, "
     heading += f"{', '.join(f'{name} {version(name)}' for name in packages)}."
@@ -420,7 +429,7 @@ def main(args: Args) -> None:
         for name in contestants(args):
             measured[name] = measure(name, args)
             print(f"{name}: {measured[name]['steps per second']:.0f} steps/s", file=sys.stderr)
-    clocked = {name: measure(name, args, clock=True) for name in TWINS[args.family]}
+    clocked = {} if args.compile else {name: measure(name, args, clock=True) for name in TWINS[args.family]}
 
     with open(output.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
@@ -447,7 +456,7 @@ def report(rows: list[dict], heading: str) -> str:
     measured = {}  # round -> contestant -> quantity -> value
     for row in rows:
         measured.setdefault(row["round"], {}).setdefault(row["contestant"], {})[row["quantity"]] = float(row["value"])
-    clocked = measured.pop("clocked")
+    clocked = measured.pop("clocked", None)  # none with --compile
     rounds = list(measured.values())
     *others, ppo, sprig = names = list(rounds[0])
     lines = [heading, "", f"| | median of {len(rounds)} | lowest | highest |", "|-|-|-|-|"]
@@ -463,6 +472,8 @@ def report(rows: list[dict], heading: str) -> str:
     ratios |= {"SPRIG's time per step over PPO's": zip(speeds(ppo), speeds(sprig))}
     lines += [row(title, [a / b for a, b in pairs], ".2f") for title, pairs in ratios.items()]
     lines += [row(f"{name}, peak memory, MiB", [m[name]["peak memory, MiB"] for m in rounds], ".0f") for name in names]
+    if not clocked:
+        return "\n".join(lines) + "\n"
     lines += ["", "| | " + " | ".join(clocked) + " |", "|-|" + "-|" * len(clocked)]
     quantities = dict.fromkeys(quantity for measured in clocked.values() for quantity in measured)
     for quantity in sorted(quantities, key=lambda quantity: quantity.endswith("all others")):

@@ -392,6 +392,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_1(folder):
         ({"steps": 3000}, "--steps 3000 is not a multiple of the rollout of 2048 steps"),
         ({"clock": True}, "--clock is for one script"),
         ({"clock": True, "contestant": "stable-baselines3"}, "--clock is for one script"),
+        ({"clock": True, "compile": True, "contestant": "sprig_atari.py"}, "--clock cannot look into what --compile"),
         ({"contestant": "CleanRL"}, "--contestant CleanRL needs --cleanrl-clone"),
         ({"cleanrl_python": "python3"}, "--cleanrl-python would do nothing without --cleanrl-clone"),
         ({"cleanrl_clone": ROOT}, "is no clone of CleanRL: it has no cleanrl/ppo_atari.py"),

@@ -396,7 +396,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_pat
 def test_compiled_and_plain_steps_leave_the_same_parameters_after_ten_updates(name):
     """The policy in a rollout and the whole of `update`; on vectors, which compile in a fraction of Atari's time."""
     script = CONTINUOUS[name]
-    script.prepare_compiler()
+    script.prepare_compiler(torch.device("cpu"))
     flags = {"env_id": "Pendulum-v1", "num_steps": 16, "minibatch_size": 8, "update_epochs": 5, "target_kl": None}
     flags |= {"cost_rows": 2} if name.startswith("sprig") else {}  # fewer rows than entries: they are drawn
     results, plain = [], None

@@ -79,7 +79,7 @@ def test_compile_cuts_a_step_only_where_an_optimizer_takes_its_own(name, kind, m
     On frames with the plain product for attention, which can be traced like a GPU's kernel, and unlike the CPU's tiles.
     """
     script = SCRIPTS[name]
-    script.prepare_compiler()
+    script.prepare_compiler(torch.device("cpu"))
     args = script.Args(**known(script, {"update": kind}), compile=True)
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         pytest.skip("this PyTorch cuts at each derivative, too")
