@@ -880,15 +880,19 @@ def descend(optimizers: list, gradients: list[torch.Tensor], max_norm: float, **
         require_finite({f"the gradient of {name}": piece for name, piece in zip(parameters, gradients)})
         require_finite({"the gradient's norm": norm})
     gradient *= (max_norm / (norm + 1e-6)).clamp(max=1)
-    vectors = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
-    for vector, piece in zip(vectors, gradient.split([vector.numel() for vector in vectors])):
-        vector.grad = piece.view_as(vector)
-    take_steps(optimizers)
+    take_steps(optimizers, gradient)
     return norm
 
 
-def take_steps(optimizers: list) -> None:
-    """A function of its own: `torch.compile` gives up on any function with a loop that calls what it cannot trace."""
+def take_steps(optimizers: list, gradient: torch.Tensor) -> None:
+    """Each optimizer's step down its piece of the `gradient`.
+
+    Not traced by `torch.compile`, which gives up on a function with a loop that calls what it cannot trace: it would
+    trace anew for each learning rate.
+    """
+    vectors = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
+    for vector, piece in zip(vectors, gradient.split([vector.numel() for vector in vectors])):
+        vector.grad = piece.view_as(vector)
     for optimizer in optimizers:
         optimizer.step()
 
