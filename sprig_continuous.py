@@ -1207,7 +1207,11 @@ def update(leader: Leader, follower: Follower, leader_optimizer, follower_optimi
     """All epochs over one rollout. Returns the means of what the losses report, and `attention_info`."""
     # "stopped", "separate" and "simultaneous" share a function.
     step = {"stackelberg": stackelberg_step, "joint": joint_step}.get(args.update, simultaneous_step)
-    step = torch.compile(step) if args.compile else step
+    if args.compile:
+        # PyTorch searches for a KL's formula at its first use, which cannot be traced and would cut every step.
+        policy = action_distribution(follower(leader(batch.obs[:1]))[0])
+        kl_divergence(policy, policy)
+        step = torch.compile(step)
     history = []
     for _ in range(args.update_epochs):
         epoch = []
@@ -1433,32 +1437,23 @@ def descend(optimizers: list, gradients: list[torch.Tensor], max_norm: float, **
     """One step of the players down their `gradients`, averaged over processes and clipped to the norm `max_norm`.
 
     Returns the norm before clipping. If it is not finite, raises FloatingPointError before the step, which names the
-    first tensor to blame. On a GPU, where a check means waiting, and compiled, `mean_info` checks after the epochs.
+    first tensor to blame. On a GPU, where a check means waiting, `mean_info` checks after the epochs.
     """
     gradient = flatten(gradients)
     average([gradient])
     norm = gradient.square().sum().sqrt()  # norm() of a million float32 is off by 1e-4 on a CPU
-    if gradient.is_cpu and not torch.compiler.is_compiling() and not norm.isfinite():
+    if gradient.is_cpu and not norm.isfinite():
         parameters = {f"{role}.{n}": p for role, player in players.items() for n, p in named_parameters(player).items()}
         require_finite({f"the parameter {name}": parameter for name, parameter in parameters.items()})
         require_finite({f"the gradient of {name}": piece for name, piece in zip(parameters, gradients)})
         require_finite({"the gradient's norm": norm})
     gradient *= (max_norm / (norm + 1e-6)).clamp(max=1)
-    take_steps(optimizers, gradient)
-    return norm
-
-
-def take_steps(optimizers: list, gradient: torch.Tensor) -> None:
-    """Each optimizer's step down its piece of the `gradient`.
-
-    Not traced by `torch.compile`, which gives up on a function with a loop that calls what it cannot trace: it would
-    trace anew for each learning rate.
-    """
     vectors = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
     for vector, piece in zip(vectors, gradient.split([vector.numel() for vector in vectors])):
         vector.grad = piece.view_as(vector)
     for optimizer in optimizers:
         optimizer.step()
+    return norm
 
 
 def require_finite(tensors: dict[str, torch.Tensor]) -> None:
@@ -1493,7 +1488,7 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     table = torch.stack([torch.stack(list(info.values())) for info in history])
     average([table])
     means = dict(zip(history[0], table.mean(0).tolist()))
-    for name, mean in means.items():  # on a GPU and compiled the only check of each step (see descend)
+    for name, mean in means.items():  # on a GPU the only check of each step (see descend)
         if name.endswith(("loss", "utility", "grad_norm")) and not np.isfinite(mean):
             raise FloatingPointError(f"{name} is not finite")
     return means
@@ -1502,10 +1497,7 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
     """Adam over one flat vector: one operation instead of one per tensor (a tenth of a step on vectors)."""
     rate = args.learning_rate * (args.leader_rate_factor if isinstance(module, Leader) else 1)
-    adam = torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
-    if args.compile:  # one operation, which would be cut into several
-        adam.step = torch.compiler.disable(adam.step)
-    return adam
+    return torch.optim.Adam([{"params": one_vector(module), "initial_lr": rate}], lr=rate, eps=1e-5, fused=True)
 
 
 def one_vector(module: nn.Module) -> list[nn.Parameter]:
@@ -1882,9 +1874,10 @@ def keep_freed_memory() -> None:
 
 
 def prepare_compiler(device: torch.device) -> None:
-    """What `torch.compile` needs here: to trace derivatives, no warnings of what is meant, buffers kept for a second
-    backward, and on a CPU kernels that are called from C++.
+    """What `torch.compile` needs here: to trace derivatives, but not Adam's fused step; no warnings of what is meant;
+    buffers kept for a second backward; and on a CPU kernels that are called from C++.
     """
+    global descend
     from torch._dynamo import config as tracing
     from torch._functorch import config
     from torch._inductor import config as code
@@ -1894,6 +1887,7 @@ def prepare_compiler(device: torch.device) -> None:
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
     logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)  # the optimizer's profiling
     config.donated_buffer = False
+    descend = torch.compiler.disable(descend)  # traced, it would be traced anew for each learning rate
     code.cpp_wrapper = device.type == "cpu"  # calls from Python cost small networks a tenth of a step, and more acting
 
 
