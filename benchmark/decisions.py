@@ -104,6 +104,8 @@ def main(args: Args) -> None:
     rows = {}
     if args.output.exists():
         rows = {(row["variant"], int(row["seed"])): row for row in read_scores(args.output)}
+    if others := {row["steps"] for row in rows.values()} - {str(args.steps)}:
+        fail(f"{args.output} holds scores after {min(others)} steps, not {args.steps}; name another --output")
     for name, seed in itertools.product(args.variants, args.seeds):
         result = score(VARIANTS[name], seed, args)
         rows[name, seed] = dict(zip(COLUMNS, (name, seed, args.steps, f"{result:.4f}")))

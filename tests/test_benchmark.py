@@ -447,7 +447,7 @@ def test_cleanrl_takes_part_on_equal_sizes(tmp_path):
 
 def test_a_decision_is_measured_and_replaces_its_own_row_alone(tmp_path):
     path = tmp_path / "decisions.csv"
-    rows = ['"PPO, Nature CNN",7,2048,0.9999', '"PPO, Nature CNN",8,2048,0.9999', "paper literal,7,2048,0.9999"]
+    rows = ['"PPO, Nature CNN",7,256,0.9999', '"PPO, Nature CNN",8,256,0.9999', "paper literal,7,256,0.9999"]
     path.write_text("\n".join(["variant,seed,steps,score", *rows, ""]))
     command = [sys.executable, "benchmark/decisions.py", "--output", str(path), "--threads", "1", "--steps", "256"]
     command += ["--seeds", "7", "--variants"]
@@ -457,6 +457,8 @@ def test_a_decision_is_measured_and_replaces_its_own_row_alone(tmp_path):
     assert [kept, literal] == rows[1:] and len(written) == 4
     score = float(written[1].removeprefix('"PPO, Nature CNN",7,256,'))
     assert 0.1 < score < 0.5  # chance is 0.25
+    done = subprocess.run([*command, "paper literal", "--steps", "512"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "holds scores after 256 steps, not 512" in done.stderr
     path.write_text("variant,seed,steps,score\nanother,7,2048,0.5\n")
     done = subprocess.run([*command, "paper literal"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "is not a table of" in done.stderr and done.stderr.count("\n") == 1
