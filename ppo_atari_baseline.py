@@ -35,7 +35,6 @@ import functools
 import io
 import itertools
 import json
-import logging
 import os
 import platform
 import shlex
@@ -1169,8 +1168,8 @@ def keep_freed_memory() -> None:
 
 
 def prepare_compiler(device: torch.device) -> None:
-    """What `torch.compile` needs here: to trace derivatives, but not Adam's fused step; no warnings of what is meant;
-    buffers kept for a second backward; and on a CPU kernels that are called from C++.
+    """What `torch.compile` needs here: to trace derivatives, but not `descend`; no warnings of what is meant; buffers
+    kept for a second backward; and on a CPU kernels that are called from C++.
     """
     global descend
     from torch._dynamo import config as tracing
@@ -1180,9 +1179,9 @@ def prepare_compiler(device: torch.device) -> None:
     if hasattr(tracing, "trace_autograd_ops"):  # older versions cut the step at each derivative
         tracing.trace_autograd_ops = True
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
-    logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)  # the optimizer's profiling
     config.donated_buffer = False
     descend = torch.compiler.disable(descend)  # traced, it would be traced anew for each learning rate
+    torch.compiler.reset()  # graphs of an earlier run in this process: only so many are kept
     code.cpp_wrapper = device.type == "cpu"  # calls from Python cost small networks a tenth of a step, and more acting
 
 
