@@ -456,7 +456,7 @@ def report(rows: list[dict], heading: str) -> str:
     measured = {}  # round -> contestant -> quantity -> value
     for row in rows:
         measured.setdefault(row["round"], {}).setdefault(row["contestant"], {})[row["quantity"]] = float(row["value"])
-    clocked = measured.pop("clocked", None)  # none with --compile
+    clocked = measured.pop("clocked", {})  # none with --compile
     rounds = list(measured.values())
     *others, ppo, sprig = names = list(rounds[0])
     lines = [heading, "", f"| | median of {len(rounds)} | lowest | highest |", "|-|-|-|-|"]
@@ -472,9 +472,8 @@ def report(rows: list[dict], heading: str) -> str:
     ratios |= {"SPRIG's time per step over PPO's": zip(speeds(ppo), speeds(sprig))}
     lines += [row(title, [a / b for a, b in pairs], ".2f") for title, pairs in ratios.items()]
     lines += [row(f"{name}, peak memory, MiB", [m[name]["peak memory, MiB"] for m in rounds], ".0f") for name in names]
-    if not clocked:
-        return "\n".join(lines) + "\n"
-    lines += ["", "| | " + " | ".join(clocked) + " |", "|-|" + "-|" * len(clocked)]
+    if clocked:
+        lines += ["", "| | " + " | ".join(clocked) + " |", "|-|" + "-|" * len(clocked)]
     quantities = dict.fromkeys(quantity for measured in clocked.values() for quantity in measured)
     for quantity in sorted(quantities, key=lambda quantity: quantity.endswith("all others")):
         if quantity.startswith("peak"):

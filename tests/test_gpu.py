@@ -95,7 +95,6 @@ def test_compile_cuts_a_step_only_where_players_descend(name, kind, monkeypatch)
         follower = script.Follower(leader.num_features, gym.spaces.Box(-1, 1, (2,)))
         optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
         batch = script.Batch(torch.randn(8, 5), torch.randn(8, 2), *torch.randn(4, 8))
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.distributions.kl._KL_MEMOIZE.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
