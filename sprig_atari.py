@@ -42,6 +42,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -277,6 +278,8 @@ def check_args(args: Args) -> Args:
         fail(f"--seed must be less than 2**32, not {args.seed}")
     if args.resume and args.evaluate:
         fail("--resume trains, --evaluate plays; give one of the two")
+    if args.evaluate and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("--evaluate plays in one process; start it without torchrun")
     rollout_size = args.num_envs * args.num_steps
     if rollout_size % args.minibatch_size:
         fail(
@@ -305,11 +308,11 @@ def check_args(args: Args) -> Args:
     on_gpu = pick_device(args.device).type == "cuda"
     if args.matmul_precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--matmul-precision bfloat16: this GPU does not compute in bfloat16; leave it out")
-    if args.track:
+    if args.track and not args.evaluate:
         try:
             import wandb  # noqa: F401
-        except ImportError:
-            fail("--track needs Weights & Biases: pip install wandb")
+        except ImportError as error:
+            fail(f"--track needs Weights & Biases: pip install wandb ({error})")
     return args
 
 
@@ -1352,21 +1355,34 @@ def start_run(args: Args) -> Path:
     if args.resume:
         refuse_changes(Path(args.resume), args)
         return Path(args.resume)
+    outcome = None
+    if processes()[0] == 0:
+        try:
+            outcome = create_run(args)
+        except SystemExit as error:  # all processes leave together: one that waits for others would never see it
+            outcome = error
+    outcome = gather(outcome)[0]
+    if isinstance(outcome, SystemExit):
+        raise outcome if processes()[0] == 0 else SystemExit(1)
+    return outcome
+
+
+def create_run(args: Args) -> Path:
+    """Make the folder of a new run, and args.json in it."""
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or Path("runs") / name)
-    if processes()[0] == 0:
-        record = run_record(args)  # before the folder is made: this tries the task out
-        try:
-            if args.run_dir:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                if any(run_dir.iterdir()):
-                    fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
-            else:
-                run_dir = make_folder(run_dir)
-        except (OSError, ValueError) as error:
-            fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
-        write_json(run_dir / "args.json", record)
-    return gather(run_dir)[0]
+    record = run_record(args)  # before the folder is made: this tries the task out
+    try:
+        if args.run_dir:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if any(run_dir.iterdir()):
+                fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
+        else:
+            run_dir = make_folder(run_dir)
+    except (OSError, ValueError) as error:
+        fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
+    write_json(run_dir / "args.json", record)
+    return run_dir
 
 
 def make_folder(path: Path) -> Path:
@@ -1387,7 +1403,7 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
     if args.track:
         import wandb
 
-        identity = "-".join(run_dir.resolve().parts[-3:])
+        identity = re.sub(r"[^\w.-]+", "-", "-".join(run_dir.resolve().parts[-3:])).strip("-")[-128:]
         wandb.init(project="sprig", id=identity, resume="allow", config=record, sync_tensorboard=True)
     if args.resume:
         before = json.loads((run_dir / "args.json").read_text())
@@ -1528,9 +1544,12 @@ def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
             os.replace(temporary, path)
         finally:  # if it is still there, something went wrong
             temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name should survive a power cut, too
-        os.fsync(folder)
-        os.close(folder)
+        with contextlib.suppress(OSError):  # the new name should survive a power cut, too, where a folder can be synced
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def write_json(path: Path, record: dict, keep: bool = False) -> None:
@@ -1690,8 +1709,9 @@ def keep_freed_memory() -> None:
     """Let glibc reuse the memory of freed tensors: faulting it in anew takes a tenth of an update's time."""
     with contextlib.suppress(OSError, AttributeError):  # another C library, with other habits
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for parameter, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):  # trim threshold, top pad, mmap threshold
+        for parameter, size in ((-1, 2**31 - 1), (-2, 2**26)):  # trim threshold, top pad
             mallopt(parameter, size)
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # mmap threshold; older versions take no more than 32 MiB
 
 
 def prepare_compiler(device: torch.device) -> None:
@@ -1756,6 +1776,8 @@ def train(args: Args, stop: StopSignal) -> dict:
         state = load_checkpoint(run_dir, parts)
         restore_random_state(state["random"])
         progress = state["progress"]
+        if len(steps := set(gather(progress["global_step"]))) > 1:  # a shared folder may look older from elsewhere
+            fail(f"the processes read different checkpoints of {run_dir}, of steps {sorted(steps)}; start again")
         if progress["global_step"] > args.total_timesteps:
             fail(f"--total-timesteps {args.total_timesteps}: {run_dir} has taken {progress['global_step']} already")
     else:
@@ -1845,7 +1867,9 @@ def train(args: Args, stop: StopSignal) -> dict:
                 writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
         print(f"run saved in {run_dir}")
     except KeyboardInterrupt:
-        launcher = f"torchrun --nproc-per-node={num_processes}" if num_processes > 1 else "python"
+        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        machines = f"--nnodes={num_processes // per_machine} " if num_processes > per_machine else ""
+        launcher = f"torchrun {machines}--nproc-per-node={per_machine}" if num_processes > 1 else "python"
         resume = f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run_dir))}"
         print(f"stopped at step {global_step}; continue with: {resume}")
     stop.interrupt = False

@@ -150,7 +150,7 @@ class VectorView:
                 picture = np.stack([picture] * 3, -1) if picture.ndim == 2 else picture  # grey
                 return to_height(np.ascontiguousarray(picture[..., :3]))  # without alpha
             except Exception as error:  # of any graphics library
-                print(f"warning: the environment cannot be rendered: {error}", file=sys.stderr)
+                print(f"warning: the environment cannot be rendered: {type(error).__name__}: {error}", file=sys.stderr)
                 self.can_render = False
         return np.full((SIDE, SIDE, 3), 60, dtype=np.uint8)
 

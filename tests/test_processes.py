@@ -133,6 +133,38 @@ def test_three_processes_draw_numbers_of_their_own_and_leave_no_thread(name, tmp
         assert len(set(draws)) == 3, step
 
 
+LATECOMER = """
+import dataclasses, importlib, os, sys
+script = importlib.import_module(sys.argv[1])
+load = script.load_checkpoint
+
+
+def load_older(run_dir, parts):
+    state = load(run_dir, parts)
+    state["progress"]["global_step"] -= 24 * (os.environ["RANK"] == "1")
+    return state
+
+
+script.load_checkpoint = load_older
+script.main(dataclasses.replace(script.read_args(script.Path(sys.argv[2])), resume=sys.argv[2]))
+"""
+
+
+def test_what_one_process_finds_wrong_ends_all_of_them(tmp_path):
+    def run(driver, *words):
+        (tmp_path / "driver.py").write_text(driver)
+        command = [*TORCHRUN, "--nproc-per-node=3", str(tmp_path / "driver.py"), "ppo_continuous_baseline", *words]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+    assert run(DRIVER, str(tmp_path / "run"), "Pendulum-v1").returncode == 0
+    again = run(DRIVER, str(tmp_path / "run"), "Pendulum-v1")
+    assert again.returncode == 1 and again.stderr.count("is not empty; name a new folder") == 1
+    assert "Connection closed by peer" not in again.stderr, "the others waited for the first"
+    apart = run(LATECOMER, str(tmp_path / "run"))
+    assert apart.returncode == 1 and "different checkpoints" in apart.stderr and "of steps [0, 24]" in apart.stderr
+
+
 def test_games_are_split_without_overlap(script):
     seeds = script.env_seeds(1, 0, 0, num_envs=8)
     played = []

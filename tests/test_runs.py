@@ -1,6 +1,9 @@
 """Whole runs of `main`: they learn, repeat themselves, and refuse bad input."""
 
+import errno
 import json
+import os
+import stat
 import subprocess
 import sys
 import time
@@ -198,6 +201,31 @@ def test_cost_in_reward_without_attention_is_refused():
     script = TWINS["sprig_atari"]
     with pytest.raises(SystemExit, match="needs attention to pay for"):
         script.main(script.Args(perception_cost_in_reward=True, attention="none"))
+
+
+def test_an_evaluation_asks_for_no_weights_and_biases_and_for_one_process(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        script.check_args(script.Args(track=True))
+    script.check_args(script.Args(track=True, evaluate="runs/elsewhere"))
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    script.check_args(script.Args())
+    with pytest.raises(SystemExit, match="plays in one process"):
+        script.check_args(script.Args(evaluate="runs/elsewhere"))
+
+
+def test_what_a_file_system_cannot_do_for_a_folder_ends_no_run(script, tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def sync_files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_alone)
+    script.write_json(tmp_path / "args.json", {"seed": 1})
+    assert json.loads((tmp_path / "args.json").read_text()) == {"seed": 1}
 
 
 def test_runs_started_in_the_same_second_get_folders_of_their_own(script, tmp_path, monkeypatch):
