@@ -17,6 +17,7 @@ import gzip
 import io
 import json
 import os
+import platform
 import re
 import subprocess
 from bisect import bisect_left
@@ -66,7 +67,7 @@ def hardware(gpu: bool) -> dict:
 
 def write(path: Path, data: bytes) -> None:
     """All or nothing: whoever finds the file finds it whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 

@@ -10,6 +10,7 @@ of all games played in training, as a fraction of the optimum: it rewards learni
 """
 
 import csv
+import io
 import itertools
 import statistics
 import tempfile
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from collect import fail
+from collect import fail, write
 from speed import check_output, read
 
 COLUMNS = ("variant", "seed", "steps", "score")
@@ -84,6 +85,11 @@ def read_scores(path: Path) -> list[dict]:
     return rows
 
 
+def read_rows(path: Path) -> dict[tuple[str, int], dict]:
+    """(variant, seed) -> row of what has been measured."""
+    return {(row["variant"], int(row["seed"])): row for row in read_scores(path)} if path.exists() else {}
+
+
 def report(path: Path) -> tuple[list[str], list[list]]:
     """Head and rows of the table: each variant's scores by seed, their mean and, from 3 on, standard deviation."""
     scores = {}
@@ -101,18 +107,18 @@ def main(args: Args) -> None:
     if unknown := set(args.variants) - set(VARIANTS):
         fail(f"no variant {sorted(unknown)[0]!r}; there are: {', '.join(VARIANTS)}")
     check_output(args.output, ".csv", "plot.py makes the table of it")
-    rows = {}
-    if args.output.exists():
-        rows = {(row["variant"], int(row["seed"])): row for row in read_scores(args.output)}
+    rows = read_rows(args.output)
     if others := {row["steps"] for row in rows.values()} - {str(args.steps)}:
         fail(f"{args.output} holds scores after {min(others)} steps, not {args.steps}; name another --output")
     for name, seed in itertools.product(args.variants, args.seeds):
         result = score(VARIANTS[name], seed, args)
+        rows = read_rows(args.output)  # again: another process may have measured other seeds meanwhile
         rows[name, seed] = dict(zip(COLUMNS, (name, seed, args.steps, f"{result:.4f}")))
-        with open(args.output, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows[key] for key in sorted(rows, key=lambda key: (list(VARIANTS).index(key[0]), key[1])))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows, key=lambda key: (list(VARIANTS).index(key[0]), key[1])))
+        write(args.output, text.getvalue().encode())
         print(f"{name}, seed {seed}: {result:.2f}", flush=True)
 
 

@@ -17,7 +17,7 @@ The same for every matrix:
 
 - A curve has 100 points, each the mean return of the whole games that ended within the 10 % of the steps before it. The
   last one is the final score. The area under the curve, over its length, is the mean of the ten windows of 10 % that
-  make up the training ("mean over training").
+  make up the training, of those in which a game ended ("mean over training").
 - Every game counts once, however long it is, so that short games weigh more per step than long ones; and the curve of a
   task that is learnt early rises late, as short games from the beginning fill the first windows.
 - From 7 arms on, whose curves would hide each other, a figure has a row per arm: its mean over training.
@@ -27,6 +27,7 @@ The same for every matrix:
   with `beginning_of` is made of the longer runs of that matrix, cut at this one's steps, and has no evaluation.
 - Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and nominal 95 % intervals
   by bootstrap over seeds; from 5 on, tests as well, two-sided, corrected after Holm over the arms of a task.
+- A ratio to the reference has no interval where the reference's mean may be zero (see `may_vanish`).
 - A bootstrap of so few seeds makes its intervals too narrow: of normal scores, one for a mean holds the truth in some
   75 % of cases with 3 seeds and 85 % with 5, one for the interquartile mean over tasks in some 90 %
   (tests/test_plot.py). Welch's interval and that of Hedges' g (noncentral t) are not by bootstrap.
@@ -70,7 +71,10 @@ FEW, TESTABLE = 3, 5  # seeds from which on there are intervals, and tests
 MANY = 7  # arms whose curves would hide each other: each gets a row instead
 SEEDS = 3  # arms up to which a figure has room for every seed's curve beside their mean
 RESAMPLES = 20_000  # with 2000 the ends of a wide interval hang on the random numbers
+VANISHING = 0.001  # share of resamples with a reference at or below zero beyond which ratios to it have no interval
+PERMUTATIONS = 9999  # at most: of more ways to part the seeds as many are drawn at random
 SCORES = {"final": "final return", "area": "mean over training"}  # a run's, and what the tables call them
+NO_INTERVAL = "(no interval)"
 COLUMNS = ("agent_steps", "seconds", "episodic_return")
 RANDOM = {"BeamRiderNoFrameskip-v4": 363.9}  # a random agent's return (Mnih et al. 2015)
 PUBLISHED = {  # of PPO: what it is, and each source's return
@@ -228,6 +232,14 @@ def interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> np.n
     return np.nanquantile(statistic(*draws), [0.025, 0.975], axis=-1)
 
 
+def may_vanish(reference: np.ndarray) -> bool:
+    """Whether ratios to the mean of `reference` (n,) have no interval: too many resamples have it at or below zero,
+    where a ratio changes its sign, so that the worst score would count as the best.
+    """
+    draws = np.random.default_rng(0).choice(reference, size=(RESAMPLES, len(reference)))
+    return bool((draws.mean(-1) <= 0).mean() > VANISHING)
+
+
 def mean_difference(x: np.ndarray, reference: np.ndarray, axis: int = -1) -> np.ndarray:
     return x.mean(axis) - reference.mean(axis)
 
@@ -262,9 +274,9 @@ def hedges_interval(x: np.ndarray, reference: np.ndarray) -> tuple[float, float]
 
 
 def permutation_test(x: np.ndarray, reference: np.ndarray) -> float:
-    """Two-sided p-value of the difference of means: exact as long as there are at most 9999 ways to part the seeds."""
-    rng = np.random.default_rng(0)
-    return stats.permutation_test((x, reference), mean_difference, vectorized=True, n_resamples=9999, rng=rng).pvalue
+    """Two-sided p-value of the difference of means: exact as long as there are at most PERMUTATIONS of the seeds."""
+    options = {"vectorized": True, "n_resamples": PERMUTATIONS, "rng": np.random.default_rng(0)}
+    return stats.permutation_test((x, reference), mean_difference, **options).pvalue
 
 
 def holm(p: list[float]) -> np.ndarray:
@@ -371,7 +383,7 @@ def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
                 ratio = f"{x.mean() / base.mean():.2f}"
                 if seeds >= FEW:
                     low, high = interval(lambda a, b: a.mean(-1) / b.mean(-1), x, base)
-                    ratio += f" [{low:.2f}, {high:.2f}]"
+                    ratio += f" {NO_INTERVAL}" if may_vanish(base) else f" [{low:.2f}, {high:.2f}]"
             row = [task, f"{steps:,}", matrix.titles[arm], f"{len(x)} and {len(base)}", ratio]
             row += [number(mean_difference(x, base)), *["too few seeds"] * 3]
             if seeds >= TESTABLE:
@@ -421,6 +433,8 @@ def aggregate(matrix: Matrix, runs: dict, score: str) -> tuple[list[list], list[
             for statistic in (relative_iqm, improvement):
                 if min(len(x), len(base)) < FEW:
                     row.append(f"{statistic(x, base):.2f} (too few seeds for an interval)")
+                elif statistic is relative_iqm and any(map(may_vanish, base.T)):
+                    row.append(f"{statistic(x, base):.2f} {NO_INTERVAL}")
                 else:
                     row.append("{:.2f} [{:.2f}, {:.2f}]".format(*across_tasks(x, base, statistic)))
             rows.append([*row, f"{relative_iqm(base, base):.2f}"])
@@ -447,8 +461,12 @@ def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
     )
     if max(map(min, seeds)) >= TESTABLE:
         n, m = max(seeds, key=min)
-        floor = 2 / math.comb(n + m, n)
-        text += f" Permutations of {n} and {m} seeds cannot give a p under {p_value(floor)} before the correction."
+        floor = 2 / min(math.comb(n + m, n), PERMUTATIONS + 1)  # what was seen counts among those drawn
+        floor = p_value(floor) if floor >= 0.001 else f"{floor:.4f}"
+        text += f" Permutations of {n} and {m} seeds cannot give a p under {floor} before the correction."
+    if NO_INTERVAL in text:
+        text += f" No interval of a ratio where {reference}'s mean may be zero: where it is that or less in more than"
+        text += f" {VANISHING:.1%} of the resamples."
     return text + (f" Not in it: {', '.join(left_out)}." if left_out else "")
 
 

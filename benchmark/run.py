@@ -210,19 +210,23 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
     for index, (seed, task, label) in enumerate(itertools.product(seeds, tasks, arms)):
         script = load_script(matrix["arms"][label]["script"])
         arguments = {"env_id": task, "seed": seed} | arms[label]
-        try:  # the machine that plays may have a GPU where this one has none
-            checked = script.check_args(script.Args(**arguments | {"device": "cpu"}))
+        try:  # the machine that plays may have a GPU, or a compiler, where this one has none
+            elsewhere = {"device": "cpu"} | ({"compile": False} if "compile" in arguments else {})
+            checked = script.check_args(script.Args(**arguments | elsewhere))
             known.setdefault((matrix["arms"][label]["script"], task), checked)
             check_protocol(matrix["arms"][label]["script"], task)
         except SystemExit as error:
             fail(f"{path}: arms.{label}: {str(error).removeprefix('error: ')}")
         # Some flags decide others (--paper-literal): these are what args.json will hold.
-        arguments |= {name: getattr(checked, name) for name in arguments.keys() - {"device"}}
+        arguments |= {name: getattr(checked, name) for name in arguments.keys() - elsewhere.keys()}
         settings = vars(checked).keys() - script.MAY_CHANGE - {"run_dir", "checkpoint_interval"}
         settings = {name: getattr(checked, name) for name in settings}
+        rollout_size = checked.num_envs * checked.num_steps
         origin = matrix["arms"][label].get("beginning_of")
         if origin and checked.anneal_lr:
             fail(f"{path}: arms.{label}: beginning_of, but with an annealed step size a longer run begins differently")
+        if origin and checked.total_timesteps % rollout_size:
+            fail(f"{path}: arms.{label}: beginning_of, but total-timesteps is no multiple of a rollout, {rollout_size}")
         place = runs / path.stem / f"{task.replace('/', '-')}__{label}__{seed}"
         result = result_path(results, origin or path.stem, task, label, seed)
         name = matrix["arms"][label]["script"]
@@ -260,6 +264,16 @@ def difference(run: Run, path: Path) -> str:
     return ""
 
 
+def shortfall(run: Run) -> str:
+    """Whether the result was exported before the run had ended: one sentence, or ""."""
+    rollout_size = run.settings["num_envs"] * run.settings["num_steps"]
+    total = run.arguments.get("total_timesteps", load_script(run.script).Args.total_timesteps)
+    trained = json.loads(run.result.read_text()).get("trained_steps", 0)
+    if trained < total // rollout_size * rollout_size:
+        return f"{run.result} has {trained} agent steps only"
+    return ""
+
+
 def is_played(run: Run) -> bool:
     """Whether a process is at it: that has the log locked (see `sit`)."""
     try:
@@ -291,7 +305,7 @@ def is_finished(run: Run) -> bool:
 def find_state(run: Run) -> tuple[str, int | None]:
     """(state, step): what of a run is there. Changes nothing."""
     if run.result.exists() and run.result.with_suffix(".csv.gz").exists():
-        wrong = difference(run, run.result)
+        wrong = difference(run, run.result) or shortfall(run)
         return (f"differs: {wrong}", None) if wrong else ("done", None)
     if run.beginning_of:
         return f"left to {run.beginning_of}", None
@@ -331,7 +345,8 @@ def set_aside(folder: Path) -> None:
 def sit(words: list[str], folder: Path, log_path: Path, cwd: str, gpus: float) -> Iterator[str | int]:
     """One sitting of a run: yields the machine's name as it starts and the exit code as it ends.
 
-    If another process plays this run, yields nothing. On KeyboardInterrupt the script is told to save, and waited for.
+    If another process plays this run, or has begun or ended it since the command was made, yields nothing. On
+    KeyboardInterrupt the script is told to save, and waited for.
     """
     os.chdir(cwd)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -343,6 +358,10 @@ def sit(words: list[str], folder: Path, log_path: Path, cwd: str, gpus: float) -
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # inherited: held as long as the script lives
         except BlockingIOError:
+            return
+        # Since the command was made, which may be hours ago, another process may have begun or ended this run.
+        resumes = "--resume" in words
+        if folder.exists() != resumes or (folder / "evaluation.json").exists():
             return
         yield platform.node()
         process = subprocess.Popen(
@@ -386,6 +405,8 @@ def prepare(run: Run, report: "Report") -> list[str] | None:
     state, step = find_state(run)
     if state == "played, to export":
         report.finished(run)
+    if state == "done":  # by another process, if it failed here
+        report.failures.pop(run.index, None)
     if state in ("done", "played, to export"):
         return None
     if state.startswith("to do,"):
@@ -427,7 +448,7 @@ class Report:
 def outcome(run: Run, events: list[str | int]) -> str:
     """Why a sitting that yielded these events came to nothing, or ""."""
     if not events:
-        return f"another process plays it ({run.log} is locked)"
+        return f"another process plays it, or has begun or ended it meanwhile ({run.log})"
     code = events[-1]
     return "" if code == 0 else f"exit code {code}: {last_line(run.log)}"
 

@@ -7,7 +7,8 @@ Each point is a process of its own, all points of a round in turn, so that a mac
 them; of the rounds the median counts. What is measured:
 
 - environments: `collect_rollout` over 32 steps of so many games (HalfCheetah, BeamRider), emulator included
-- minibatch, and entries or resolution: one gradient step (SPRIG: leader and follower) on random observations
+- minibatch, and entries or resolution (at a minibatch of 32): one gradient step (SPRIG: leader and follower) on random
+  observations
 - processes: training under `torchrun`, one thread each, 8 games: the time of 1000 agent steps
 
 The growth is the exponent p of time ~ size^p, by least squares through the logarithms of all points, and once more

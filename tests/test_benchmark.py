@@ -347,6 +347,41 @@ def test_an_annealed_run_is_no_beginning_of_a_longer_one(folder):
         runner.main(runner.Args(write_matrix(changes={'title = "PPO"': 'title = "PPO"\nbeginning_of = "longer"'})))
 
 
+def test_a_beginning_ends_with_a_rollout(folder):
+    write_matrix(name="longer")
+    with pytest.raises(SystemExit, match="total-timesteps is no multiple of a rollout, 32"):
+        changes = {"total-timesteps = 256": "total-timesteps = 250\nanneal-lr = false"}
+        start = TINY + 'beginning_of = "longer"\n'
+        runner.load_matrix(write_matrix(start, changes=changes), runner.Path("runs"), runner.Path("results"))
+
+
+def test_who_plans_needs_no_compiler(folder, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    matrix = write_matrix(changes={"[flags]": "[flags]\ncompile = true"})
+    (run,) = runner.load_matrix(matrix, runner.Path("runs"), runner.Path("results"))
+    assert "--compile" in runner.command(run, None)
+
+
+def test_a_command_that_has_grown_old_is_not_carried_out(folder, capsys):
+    """Another process may have played the run since: then it is neither failed nor played again."""
+    matrix = write_matrix()
+    (run,) = runner.load_matrix(matrix, runner.Path("runs"), runner.Path("results"))
+    old = [runner.command(run, None), runner.command(run, 0)]
+    play_only(matrix)
+    before = {path: path.read_bytes() for path in run.folder.iterdir()}
+    report = runner.Report()
+    for words in old:
+        events = list(runner.sit(words, run.folder, run.log, os.getcwd(), run.gpus))
+        assert events == [] and report.ended(run, runner.outcome(run, events)) is (words is old[0])
+        assert runner.prepare(run, report) is None and not report.failures
+        report.failures = {0: "once"} if words is old[0] else {}
+    assert {path: path.read_bytes() for path in run.folder.iterdir()} == before
+    # A result that was exported before its run had ended is no result.
+    record = json.loads(run.result.read_text()) | {"trained_steps": 224}
+    run.result.write_text(json.dumps(record))
+    assert runner.find_state(run)[0] == f"differs: {run.result} has 224 agent steps only"
+
+
 def test_where_nothing_can_be_written_nothing_is_played(folder):
     (folder / "taken").touch()
     for flag in ("runs", "results"):
@@ -489,6 +524,14 @@ def test_committed_matrices_are_sound(path):
     assert all(run.seed < 101 for run in runs), "from 101 on, seeds are for tuning"
     arms = [arm for arm in matrix["arms"].values()]
     assert len({(arm["script"], str(arm.get("flags"))) for arm in arms}) == len(arms), "arms differ"
+
+
+@pytest.mark.parametrize("path", MATRICES, ids=lambda path: path.stem)
+def test_committed_results_are_those_of_their_matrix(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = runner.load_matrix(path, runner.Path("no-such-folder"), runner.Path("benchmark/results"))
+    states = [runner.find_state(run)[0] for run in runs]
+    assert not [state for state in states if state.startswith("differs")]
 
 
 def test_seconds_of_a_resumed_run_leave_out_the_time_between_its_sittings():

@@ -274,6 +274,31 @@ def test_single_values_then_intervals_then_tests_as_seeds_grow(made):
     assert row[3].startswith("1.48 [") and row[4] == "1.00 [1.00, 1.00]"
 
 
+def test_a_ratio_to_what_may_be_zero_has_no_interval(made):
+    """Resamples whose reference is negative would turn the worst score into the best."""
+    folder = made.results / "m" / "Task-v1"
+    for seed, level in enumerate((10, -9, 3, 4, 2), start=1):
+        put(folder, "ppo", seed, level)
+        put(folder, "a1", seed, -6 + seed)
+    rows = {row[2]: row for row in rows_of(made) if len(row) == 9 and row[0] == "Task-v1"}
+    assert rows["A1"][4].endswith(" (no interval)") and "[" not in rows["A1"][4] and "[" in rows["A1"][5]
+    page = made.documents[0].read_text()
+    assert page.count("(no interval)") == 2, "neither has the interquartile mean"
+    assert "No interval of a ratio where PPO's mean may be zero" in page
+    assert plot.may_vanish(np.array([1.0, -1, 1, 1, 1])) and not plot.may_vanish(np.array([1.0, 2, 1, 1, 1]))
+
+
+def test_the_least_p_of_many_permutations_is_that_of_those_drawn(made):
+    matrix = made.matrices / "m.toml"
+    matrix.write_text(matrix.read_text().replace("[1, 2, 3, 4, 5]", str(list(range(1, 11)))))
+    for seed in range(1, 11):
+        put(made.results / "m" / "Task-v1", "ppo", seed, seed)
+        put(made.results / "m" / "Task-v1", "a1", seed, 100 + seed)
+    rows = {row[2]: row for row in rows_of(made) if len(row) == 9 and row[0] == "Task-v1"}
+    assert rows["A1"][-1] == "< 0.001"
+    assert "cannot give a p under 0.0002 before the correction" in made.documents[0].read_text()
+
+
 def test_a_task_that_every_seed_solves_has_no_spread_and_no_difference(made):
     for seed in range(1, 6):
         for arm in ("ppo", "a1"):
