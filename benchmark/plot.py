@@ -7,7 +7,8 @@ Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<m
 the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png` and `<results>/scale.png`, and
 in the documents all that stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is
 
-- a matrix (its scores), a matrix and "comparison" (of final scores) or "comparison over training" (of their means);
+- a matrix (its scores), a matrix and "seeds" (every seed's final score), "comparison" (of final scores) or "comparison
+  over training" (of their means);
 - "runs": how much of each matrix has been run;
 - "speed...", "scale...": what speed.py and scale.py left in NAME.csv, under the first line of NAME.md; with "summary"
   only the first table of it;
@@ -364,6 +365,16 @@ def scores_table(matrix: Matrix, runs: dict, others: list[Run]) -> str:
     return f"{render(head, rows)}\n\n{' '.join(notes)}"
 
 
+def seeds_table(matrix: Matrix, runs: dict) -> str:
+    """Each seed's final score, from the lowest to the highest: what a mean hides where seeds fall into two kinds."""
+    rows = []
+    for task, groups in runs.items():
+        for (steps, arm), group in groups.items():
+            finals = ", ".join(number(run.final) for run in sorted(group, key=lambda run: run.final))
+            rows.append([task, f"{steps:,}", matrix.titles[arm], len(group), finals])
+    return render(["task", "agent steps", "arm", "seeds", "return, last 10 %, of each"], rows)
+
+
 def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
     """A row for each arm and task, against the reference at equal steps; `score` as in SCORES."""
     reference, *arms = matrix.titles
@@ -714,11 +725,12 @@ def main(args: Args) -> None:
     for name, matrix in matrices.items():
         runs, others = read_runs(args.results / name, matrix)
         compared = {"final": f"{name} comparison", "area": f"{name} comparison over training"}
-        for table in (name, *compared.values()):
+        for table in (name, f"{name} seeds", *compared.values()):
             tables[table] = f"Not run yet: `{command(matrix)}`."
         if runs:
             results[name] = runs
             tables[name] = scores_table(matrix, runs, others)
+            tables[f"{name} seeds"] = seeds_table(matrix, runs)
             for score, table in compared.items():
                 tables[table] = comparison_table(matrix, runs, score)
             figures[args.results / f"{name}.png"] = draw(matrix, runs, args.results)

@@ -274,6 +274,13 @@ def test_single_values_then_intervals_then_tests_as_seeds_grow(made):
     assert row[3].startswith("1.48 [") and row[4] == "1.00 [1.00, 1.00]"
 
 
+def test_every_seed_of_an_arm_stands_in_a_row_from_low_to_high(made):
+    made.documents[0].write_text("<!-- table: m seeds -->\n<!-- end -->\n")
+    for seed, level in enumerate((30, 10, 200), start=1):
+        put(made.results / "m" / "Task-v1", "ppo", seed, level)
+    assert rows_of(made)[1:] == [["Task-v1", "1,000", "PPO", "3", "10.5, 30.5, 200"]]
+
+
 def test_a_ratio_to_what_may_be_zero_has_no_interval(made):
     """Resamples whose reference is negative would turn the worst score into the best."""
     folder = made.results / "m" / "Task-v1"
