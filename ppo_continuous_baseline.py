@@ -42,6 +42,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib
 import io
 import itertools
@@ -911,7 +912,7 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 
     Raises FloatingPointError if a loss or a gradient's norm is not finite.
     """
-    table = torch.stack([torch.stack(list(info.values())) for info in history])
+    table = torch.stack([torch.stack([info[name] for name in history[0]]) for info in history])
     average([table])
     means = dict(zip(history[0], table.mean(0).tolist()))
     for name, mean in means.items():  # on a GPU the only check of each step (see descend)
@@ -928,7 +929,7 @@ def make_optimizer(module: nn.Module, args: Args) -> torch.optim.Adam:
 
 def one_vector(module: nn.Module) -> list[nn.Parameter]:
     """Turns a player's parameters into views of one vector. Returns [that vector], or [] if there are none."""
-    parameters = list(module.parameters())
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]  # a fork may freeze some
     if not parameters:
         return []
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -938,8 +939,8 @@ def one_vector(module: nn.Module) -> list[nn.Parameter]:
 
 @functools.lru_cache(maxsize=8)
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Its parameters, cached: collecting them anew costs small networks some percent of a step."""
-    return dict(module.named_parameters())
+    """Its trained parameters, cached: collecting them anew costs small networks some percent of a step."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -1032,12 +1033,14 @@ def writing(path: Path):
 
 def run_record(args: Args) -> dict:
     """What a result depends on: arguments, protocol, versions."""
-    packages = ("torch", "gymnasium", "numpy", *SIMULATORS)
+    versions = {"script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}
+    versions |= {"python": platform.python_version()}
+    versions |= {name: installed(name) for name in ("torch", "gymnasium", "numpy", *SIMULATORS)}
     return {
         "script": Path(__file__).name,
         "arguments": dataclasses.asdict(args) | {"resume": ""},
         "protocol": env_protocol(args),
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
+        "versions": versions,
     }
 
 
@@ -1253,7 +1256,8 @@ def read_args(run_dir: Path) -> Args:
         saved = check_types(Args(**record["arguments"]))
         if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
             # today's default need not be what that version did
-            fail(f"{run_dir} was made by a version without {flag(min(missing))}; go on with that version")
+            way = "go on with that version, or write the value that does what it did into args.json"
+            fail(f"{run_dir} was made by a version without {flag(min(missing))}; {way}")
         return saved
     except OSError as error:
         fail(f"{run_dir} is not the folder of a run: args.json: {error.strerror}")

@@ -113,7 +113,7 @@ def export(run: Path, path: Path) -> tuple[dict, float]:
     for score, length in zip(returns, lengths):
         if score.step <= ends[-1]:  # a killed run may have logged games of an iteration that it did not finish
             then = seconds[bisect_left(ends, score.step)]
-            writer.writerow([score.step, round(then), f"{score.value:.7g}", round(length.value)])
+            writer.writerow([score.step, round(then, 1), f"{score.value:.7g}", round(length.value)])
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
         file.write(rows.getvalue().encode())

@@ -48,6 +48,7 @@ import json
 import math
 import re
 import tomllib
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -372,7 +373,7 @@ def seeds_table(matrix: Matrix, runs: dict) -> str:
         for (steps, arm), group in groups.items():
             finals = ", ".join(number(run.final) for run in sorted(group, key=lambda run: run.final))
             rows.append([task, f"{steps:,}", matrix.titles[arm], len(group), finals])
-    return render(["task", "agent steps", "arm", "seeds", "return, last 10 %, of each"], rows)
+    return render(["task", "agent steps", "arm", "seeds", "return, last 10 %, of each, ascending"], rows)
 
 
 def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
@@ -400,7 +401,9 @@ def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
             if seeds >= TESTABLE:
                 row[6:] = ["no spread", 1.0 if x.mean() == base.mean() else np.nan, permutation_test(x, base)]
                 if np.ptp(x) + np.ptp(base) > 0:  # a task with a highest return may be solved by every seed of both
-                    welch = stats.ttest_ind(x, base, equal_var=False)
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", "Precision loss")  # as where nearly all seeds reach 1000
+                        welch = stats.ttest_ind(x, base, equal_var=False)
                     row[5] += " [{}, {}]".format(*map(number, welch.confidence_interval()))
                     low, high = hedges_interval(x, base)
                     row[6:8] = f"{hedges(x, base):.2f} [{low:.2f}, {high:.2f}]", welch.pvalue

@@ -14,10 +14,11 @@ restarted at other checkpoints (and so its step size may not be annealed). All i
 
 Each run is the ordinary script as a process of its own, in `<runs>/<matrix>/<task>__<arm>__<seed>`, its output in a
 .log beside that. Once it is finished it is exported as benchmark/collect.py says. Call the same command again as often
-as you like: what is finished is skipped, what was interrupted goes on from its last checkpoint and ends as if it had
-been left alone, a folder without a readable checkpoint is set aside under another name. A run that fails is tried once
-more, then listed; the exit code is then 1. Ctrl-C and SIGTERM save all runs, at a checkpoint more than they would have
-had (the games restart there), and exit with 130; a second one saves none.
+as you like: what is finished is skipped (by its script's name and flags: after a change of a fork's text give the copy
+or the arm another name), what was interrupted goes on from its last checkpoint and ends as if it had been left alone, a
+folder without a readable checkpoint after step 0 is set aside under another name. A run that fails is tried once more,
+then listed; the exit code is then 1. Ctrl-C and SIGTERM save all runs, at a checkpoint more than they would have had
+(the games restart there), and exit with 130; a second one saves none.
 
 On a cluster, and under Slurm, this folder, `runs` and `results` must lie on a file system that all machines share.
 """
@@ -314,7 +315,7 @@ def find_state(run: Run) -> tuple[str, int | None]:
     if not run.folder.exists():
         return "to do", None
     step = last_step(run)
-    if step is None:
+    if not step:  # at step 0 nothing is lost, and a script that failed there may have been mended since
         return "to do, what is there set aside", None
     if wrong := difference(run, run.folder / "args.json"):
         return f"differs: {wrong}", None

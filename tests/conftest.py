@@ -1,5 +1,6 @@
 """What the tests share. Every script is imported, never copied from."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -21,9 +22,13 @@ import sprig_continuous
 ROOT = Path(__file__).parent.parent
 TWINS = {"ppo_atari_baseline": ppo_atari_baseline, "sprig_atari": sprig_atari}
 CONTINUOUS = {"ppo_continuous_baseline": ppo_continuous_baseline, "sprig_continuous": sprig_continuous}
+# What holds for any script is tested on forks as well: FORKS="my_sprig my_atari" pytest -k my_
+FORKS = {name: importlib.import_module(name) for name in os.environ.get("FORKS", "").split()}
+ATARI = TWINS | {name: fork for name, fork in FORKS.items() if "ale-py" in fork.SIMULATORS}
+VECTORS = CONTINUOUS | {name: fork for name, fork in FORKS.items() if name not in ATARI}
 
 
-@pytest.fixture(params=TWINS.values(), ids=TWINS.keys())
+@pytest.fixture(params=ATARI.values(), ids=ATARI.keys())
 def script(request):
     """Each of the twins in turn."""
     return request.param

@@ -18,6 +18,7 @@ import plot
 import pytest
 import run as runner
 import speed
+import torch
 from conftest import ROOT
 
 import watch
@@ -226,6 +227,13 @@ def test_dry_run_only_and_states(folder, capsys):
     play_only(matrix, index=2)
     assert states() == ["done", "done", "done"]
     assert (unusable.with_name(f"{unusable.name}__aside1") / "checkpoint-64.pt").exists()
+    (run,) = runner.load_matrix(write_matrix(name="other"), runner.Path("runs"), runner.Path("results"))
+    run.folder.mkdir(parents=True)
+    shutil.copy(unusable / "args.json", run.folder)
+    state = torch.load(unusable / "checkpoint-256.pt", weights_only=True)
+    state["progress"]["global_step"] = 0  # as of a script that fails in its first rollout
+    torch.save(state, run.folder / "checkpoint-0.pt")
+    assert runner.find_state(run) == ("to do, what is there set aside", None)
     matrix = write_matrix(changes={"seeds = [1]": "seeds = [1, 2, 3]", "steps = 20": "steps = 19"})
     result = "results/tiny/CartPole-v1/ppo_seed1.json"
     assert states()[0] == f"differs: {result} was made with --max-episode-steps 20, not 19"

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, ROOT
+from conftest import CONTINUOUS, ROOT, VECTORS
 from test_resume import finish, same_end, start, wait_for
 from test_runs import scalars
 
@@ -26,7 +26,7 @@ SMALL |= {"device": "cpu"}
 RUN = {**SMALL, "total_timesteps": 384, "checkpoint_interval": 64, "eval_episodes": 2}
 
 
-@pytest.fixture(params=CONTINUOUS.values(), ids=CONTINUOUS.keys())
+@pytest.fixture(params=VECTORS.values(), ids=VECTORS.keys())
 def script(request):
     """Each of the twins in turn."""
     return request.param
@@ -384,22 +384,18 @@ def test_stages_move_one_player_each():
     assert moved == [[True, False], [False, True]]
 
 
-@pytest.mark.parametrize(
-    ("name", "task"),
-    [
-        ("ppo_continuous_baseline", {"env_id": "HalfCheetah-v5", "num_envs": 2, "num_steps": 32}),
-        ("sprig_continuous", {"env_id": "HalfCheetah-v5", "num_envs": 2, "num_steps": 32}),
-        # Something of its world outlives a reset, which shows after some 100 steps.
-        ("sprig_continuous", {"env_id": "BipedalWalker-v3", "num_steps": 256, "max_episode_steps": 150}),
-    ],
-    ids=["PPO", "SPRIG", "Box2D"],
-)
+CHEETAH = {"env_id": "HalfCheetah-v5", "num_envs": 2, "num_steps": 32}
+# Something of its world outlives a reset, which shows after some 100 steps.
+WALKER = {"env_id": "BipedalWalker-v3", "num_steps": 256, "max_episode_steps": 150}
+
+
+@pytest.mark.parametrize(("name", "task"), [*((name, CHEETAH) for name in VECTORS), ("sprig_continuous", WALKER)])
 def test_a_killed_run_ends_like_one_left_alone(name, task, tmp_path):
     interval = task["num_steps"] * task.get("num_envs", 1)
     settings = {**RUN, **task, "observation_noise": 0.1, "checkpoint_interval": interval}
     settings |= {"total_timesteps": 6 * interval}
     whole, run = tmp_path / "whole", tmp_path / "run"
-    CONTINUOUS[name].main(CONTINUOUS[name].Args(run_dir=str(whole), **settings))
+    VECTORS[name].main(VECTORS[name].Args(run_dir=str(whole), **settings))
     process = start(name, run_dir=run, **settings)
     wait_for((run / f"checkpoint-{2 * interval}.pt").exists, process)
     process.send_signal(signal.SIGKILL)

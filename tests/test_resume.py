@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TWINS, build
+from conftest import ATARI, ROOT, TWINS, build
 from test_runs import scalars
 
 SMALL = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "max_episode_steps": 20}
@@ -50,17 +50,17 @@ def same_end(a, b):
 def whole(tmp_path_factory):
     """An uninterrupted run of each twin."""
     runs = {}
-    for name, script in TWINS.items():
+    for name, script in ATARI.items():
         runs[name] = tmp_path_factory.mktemp("whole") / name
         script.main(script.Args(run_dir=str(runs[name]), **RUN))
     return runs
 
 
-@pytest.mark.parametrize(("name", "kills"), [("ppo_atari_baseline", 3), ("sprig_atari", 5)])
+@pytest.mark.parametrize(("name", "kills"), [(name, 5 if name == "sprig_atari" else 3) for name in ATARI])
 def test_a_run_killed_again_and_again_ends_like_one_left_alone(name, kills, tmp_path):
     settings = {**RUN, "total_timesteps": 32 * (kills + 6), "checkpoint_interval": 32}
     whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(name)
-    TWINS[name].main(TWINS[name].Args(run_dir=str(whole), **settings))
+    ATARI[name].main(ATARI[name].Args(run_dir=str(whole), **settings))
     process = start(name, run_dir=run, **settings)
     wait_for(lambda: (run / "checkpoint-0.pt").exists(), process)
     for _ in range(kills):

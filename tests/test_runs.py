@@ -1,6 +1,7 @@
 """Whole runs of `main`: they learn, repeat themselves, and refuse bad input."""
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -70,6 +71,8 @@ def test_a_run_leaves_what_it_promises(script, tmp_path):
     evaluation = script.main(args)
     record = json.loads((tmp_path / "args.json").read_text())
     assert record["arguments"]["gamma"] == 0.99 and record["versions"]["torch"]
+    text = (ROOT / f"{script.__name__}.py").read_bytes()
+    assert record["versions"]["script"] == hashlib.sha256(text).hexdigest()[:12]
     assert record["protocol"]["repeat_action_probability"] == 0.25 and record["protocol"]["max_frames_per_game"] == 240
     assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
     assert len(evaluation["returns"]) == len(evaluation["lengths"]) == 2 and max(evaluation["lengths"]) <= 60
@@ -235,6 +238,25 @@ def test_runs_started_in_the_same_second_get_folders_of_their_own(script, tmp_pa
     folders = [script.start_run(args) for _ in range(3)]
     name = f"runs/BeamRiderNoFrameskip-v4__{script.__name__}__1__1000000000"
     assert list(map(str, folders)) == [name, f"{name}-1", f"{name}-2"]
+
+
+def test_what_losses_report_is_known_by_its_name(script):
+    one, two, three, four = map(torch.tensor, (1.0, 2.0, 3.0, 4.0))
+    assert script.mean_info([{"a": one, "b": two}, {"b": four, "a": three}]) == {"a": 2, "b": 3}
+
+
+def test_what_a_fork_freezes_stays_as_it_was(script, tmp_path, monkeypatch):
+    class Frozen(script.Leader):
+        def __init__(self, *inputs):
+            super().__init__(*inputs)
+            next(self.parameters()).requires_grad_(False)
+
+    monkeypatch.setattr(script, "Leader", Frozen)
+    script.main(script.Args(run_dir=str(tmp_path / "run"), **SMALL))
+    files = [tmp_path / "run" / name for name in ("checkpoint-0.pt", "checkpoint-128.pt")]
+    before, after = (list(torch.load(path, weights_only=True)["leader"].values()) for path in files)
+    frozen, *others = map(torch.equal, before, after)
+    assert frozen and not any(others)
 
 
 @pytest.mark.parametrize("words", [["--resume", ""], ["--resume="], ["--evaluate", ""]], ids=str)
