@@ -77,6 +77,21 @@ def result_path(results: Path, matrix: str, task: str, arm: str, seed: int) -> P
     return results / matrix / task.replace("/", "-") / f"{arm}_seed{seed}.json"
 
 
+def write_result(path: Path, games: list[tuple], record: dict) -> None:
+    """`games`: (agent step, seconds, return, length) of each; `record`: what the .json holds."""
+    rows = io.StringIO(newline="")
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(["agent_steps", "seconds", "episodic_return", "episodic_length"])
+    for step, seconds, score, length in games:
+        writer.writerow([step, round(seconds, 1), f"{score:.7g}", round(length)])
+    packed = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
+        file.write(rows.getvalue().encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path.with_suffix(".csv.gz"), packed.getvalue())
+    write(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
 def training_seconds(speed: list, sittings: set[int]) -> list[float]:
     """Seconds since the training began at each point of charts/SPS. `sittings`: the steps at which it was resumed.
 
@@ -107,16 +122,11 @@ def export(run: Path, path: Path) -> tuple[dict, float]:
     speed = events.Scalars("charts/SPS")
     ends = [point.step for point in speed]
     seconds = training_seconds(speed, {sitting["step"] for sitting in record.get("resumed", [])})
-    rows = io.StringIO(newline="")
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["agent_steps", "seconds", "episodic_return", "episodic_length"])
-    for score, length in zip(returns, lengths):
-        if score.step <= ends[-1]:  # a killed run may have logged games of an iteration that it did not finish
-            then = seconds[bisect_left(ends, score.step)]
-            writer.writerow([score.step, round(then, 1), f"{score.value:.7g}", round(length.value)])
-    packed = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
-        file.write(rows.getvalue().encode())
+    games = [
+        (score.step, seconds[bisect_left(ends, score.step)], score.value, length.value)
+        for score, length in zip(returns, lengths)
+        if score.step <= ends[-1]  # a killed run may have logged games of an iteration that it did not finish
+    ]
     record["arguments"]["run_dir"] = ""  # of no use elsewhere
     noted = run / "hardware.json"  # by run.py
     gpu = record["arguments"]["device"] != "cpu" and not record["versions"]["torch"].endswith("+cpu")
@@ -124,9 +134,7 @@ def export(run: Path, path: Path) -> tuple[dict, float]:
     record["trained_steps"] = ends[-1]
     evaluation = run / "evaluation.json"
     record["evaluation"] = json.loads(evaluation.read_text()) if evaluation.exists() else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path.with_suffix(".csv.gz"), packed.getvalue())
-    write(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_result(path, games, record)
     return record, seconds[-1]
 
 

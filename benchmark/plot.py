@@ -148,9 +148,10 @@ class Run:
 def read_matrix(path: Path) -> Matrix:
     try:
         record = tomllib.loads(path.read_text())
-        titles = {arm: settings.get("title", arm) for arm, settings in record["arms"].items()}
+        titles = {arm: settings.get("title", arm) for arm, settings in record["arms"].items()} | record.get("peers", {})
         flags = {arm: record.get("flags", {}) | settings.get("flags", {}) for arm, settings in record["arms"].items()}
         lengths = {arm: int(own.get("total-timesteps", 0)) for arm, own in flags.items()}
+        lengths |= dict.fromkeys(record.get("peers", {}), int(record.get("flags", {}).get("total-timesteps", 0)))
         origins = {arm: own["beginning_of"] for arm, own in record["arms"].items() if "beginning_of" in own}
         tasks = [task.replace("/", "-") for task in record["tasks"]]
         saturated = [task.replace("/", "-") for task in record.get("saturated", [])]

@@ -10,7 +10,8 @@ A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`,
 `flags` of its own. A script is one of the four or a fork of one, a copy beside it. The first arm is what the others are
 compared with. An arm with `beginning_of`, the name of another matrix, is not played here: its results are the first
 steps of that matrix's longer runs of the same label, as they are what a shorter run would have been, but for games
-restarted at other checkpoints (and so its step size may not be annealed). All is checked before anything starts.
+restarted at other checkpoints (and so its step size may not be annealed). `[peers]`, label = title, are programs of
+others that have results in the matrix's folder, made by benchmark/cleanrl.py. All is checked before anything starts.
 
 Each run is the ordinary script as a process of its own, in `<runs>/<matrix>/<task>__<arm>__<seed>`, its output in a
 .log beside that. Once it is finished it is exported as benchmark/collect.py says. Call the same command again as often
@@ -56,9 +57,9 @@ from collect import LABEL, export, fail, hardware, result_path, write
 PARTS = ("Args", "check_args", "env_protocol", "checkpoint_paths", "load_checkpoint", "MAY_CHANGE", "main")
 OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate", "threads")  # which this program sets (threads: cpus)
 TOP_KEYS = {"question": str, "tasks": list, "seeds": list, "cpus": int, "gpus": float, "flags": dict, "arms": dict}
-TOP_KEYS |= {"saturated": list}  # which plot.py reads
+TOP_KEYS |= {"saturated": list, "peers": dict}  # which plot.py reads
 ARM_KEYS = {"title": str, "script": str, "flags": dict, "beginning_of": str}
-OPTIONAL = ("cpus", "gpus", "flags", "beginning_of", "saturated")
+OPTIONAL = ("cpus", "gpus", "flags", "beginning_of", "saturated", "peers")
 
 
 @dataclass
@@ -185,6 +186,9 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
             fail(f"{path}: {key} has {double[0]} twice")
     if strange := [task for task in matrix.get("saturated", []) if task not in tasks]:
         fail(f"{path}: saturated has {strange[0]!r}, which is not one of the tasks")
+    for label, title in matrix.get("peers", {}).items():
+        if not re.fullmatch(LABEL, label) or not isinstance(title, str) or label in matrix["arms"]:
+            fail(f"{path}: peers has {label} = {title!r}, but takes a label (a-z, 0-9, -) of its own and a title")
     if cpus < 1:
         fail(f"{path}: cpus must be at least 1, not {cpus}")
     if not 0 <= gpus <= 1:

@@ -13,6 +13,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import cleanrl
 import collect
 import plot
 import pytest
@@ -313,6 +314,7 @@ BAD = {
     "underscore": ({"num-steps": "num_steps"}, "has no flag --num_steps; did you mean num-steps?"),
     "flag of the twin": ({"num-steps = 32": "num-steps = 32\nattention = 'none'"}, "has no flag --attention"),
     "flag of the runner": ({"num-steps = 32": "num-steps = 32\nseed = 3"}, "--seed is not for the matrix"),
+    "peer": ({"[arms.ppo]": "[peers]\nppo = 'P'\n[arms.ppo]"}, "peers has ppo = 'P', but takes a label"),
     "label": ({"[arms.ppo]": "[arms.PPO_1]"}, "arms.PPO_1: a label consists of"),
     "no arms": ({"[arms.ppo]": "[arms]"}, "is not a table"),
     "saturated": (
@@ -486,6 +488,51 @@ def test_cleanrl_takes_part_on_equal_sizes(tmp_path):
     script.write_text("import nothing_of_that_name")
     with pytest.raises(SystemExit, match="--cleanrl-python: .* failed: ModuleNotFoundError: No module named 'nothing"):
         speed.check(args)
+
+
+PEER = """
+import argparse
+from torch.utils.tensorboard import SummaryWriter
+parser = argparse.ArgumentParser()
+for flag, kind in (("--env-id", str), ("--seed", int), ("--total-timesteps", int)):
+    parser.add_argument(flag, type=kind)
+args = parser.parse_args()
+writer = SummaryWriter(f"runs/{args.env_id}__{args.seed}")
+for step in range(8, args.total_timesteps + 1, 8):
+    if step % 16 == 0 and args.seed == 1:
+        writer.add_scalar("charts/episodic_return", step / 2, step)
+        writer.add_scalar("charts/episodic_length", 400, step)
+    writer.add_scalar("charts/SPS", 100, step)
+writer.close()
+"""
+
+
+def test_what_cleanrl_plays_stands_beside_the_matrix_s_arms(folder):
+    matrix = write_matrix(changes={"seeds = [1]": "seeds = [1, 2]", "[arms.ppo]": "[peers]\ncleanrl = 'P'\n[arms.ppo]"})
+    script = folder / "clone" / "cleanrl" / "ppo_atari.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(PEER)
+    args = cleanrl.Args(matrix, folder / "clone", results=folder / "results")
+    cleanrl.main(args)
+    first, second = (folder / "results" / "tiny" / "CartPole-v1" / f"cleanrl_seed{seed}.json" for seed in (1, 2))
+    assert rows(first.with_suffix(".csv.gz"))[:2] == [("16", "8", "100"), ("32", "16", "100")]
+    assert len(rows(first.with_suffix(".csv.gz"))) == 16 and rows(second.with_suffix(".csv.gz")) == []
+    record = json.loads(first.read_text())
+    assert record["trained_steps"] == 256 and record["arguments"] == {
+        "env_id": "CartPole-v1",
+        "seed": 1,
+        "total_timesteps": 256,
+    }
+    read = plot.read_matrix(matrix)
+    runs, others = plot.read_runs(folder / "results" / "tiny", read)
+    assert list(runs["CartPole-v1"]) == [(256, "cleanrl")] and not others and read.titles["cleanrl"] == "P"
+    script.unlink()
+    with pytest.raises(SystemExit, match="is no clone of CleanRL"):
+        cleanrl.main(args)
+    script.write_text("raise SystemExit('it would be played again')")
+    cleanrl.main(args)
+    with pytest.raises(SystemExit, match="has no peer called cleanrl"):
+        cleanrl.main(dataclasses.replace(args, matrix=write_matrix(name="other")))
 
 
 def test_a_decision_is_measured_and_replaces_its_own_row_alone(tmp_path):
