@@ -426,7 +426,7 @@ def env_protocol(args: Args) -> dict:
         "frame_skip": FRAME_SKIP,
         "max_pool": True,
         "observation": "84x84 grey, 4 frames stacked",
-        "noop_max": 30,
+        "noop_max": 30,  # ale-py draws 0 to 29, one less after FIRE
         "fire_on_reset": True,  # of a game; after a lost life the agent presses FIRE itself
         "lost_life": "ends the learner's episode, not the game",
         "reward": "sign for the learner, raw in logs" if args.clip_rewards else "raw",
@@ -847,7 +847,7 @@ def collect_rollout(
         obs, rewards[t], terminated, truncated, info = envs.step(action.cpu().numpy())
         terminations[t], dones[t] = terminated, terminated | truncated
         truncated_only = truncated & ~terminated
-        if truncated_only.any():  # rare: bootstrap from the true final observation, not from the next game's first
+        if truncated_only.any():  # rare: bootstrap from the final observation, not from the next game's first
             final_obs = torch.from_numpy(np.stack(info["final_obs"][truncated_only])).to(rollout.obs.device)
             late_values.append((t, torch.from_numpy(truncated_only), follower(leader(final_obs))[1]))
         if "_episode" in info:

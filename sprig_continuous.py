@@ -1023,7 +1023,7 @@ def collect_rollout(
         obs, rewards[t], terminated, truncated, info = envs.step(action.cpu().numpy())
         terminations[t], dones[t] = terminated, terminated | truncated
         truncated_only = truncated & ~terminated
-        if truncated_only.any():  # rare: bootstrap from the true final observation, not from the next game's first
+        if truncated_only.any():  # rare: bootstrap from the final observation, not from the next game's first
             final_obs = torch.from_numpy(np.stack(info["final_obs"][truncated_only])).to(rollout.obs.device)
             late_values.append((t, torch.from_numpy(truncated_only), follower(leader(final_obs))[1]))
         if "_episode" in info:
