@@ -1,6 +1,7 @@
 """SPRIG's game: who moves, along which gradient, and what attention costs."""
 
 import dataclasses
+import math
 import os
 import shutil
 import sysconfig
@@ -172,6 +173,19 @@ def test_follower_gradient_equals_finite_differences(clip_value_loss):
     got = torch.autograd.grad(follower_loss_fn(theta, phi), phi)
     for a, b in zip(got, central_differences(lambda f: follower_loss_fn(theta, f), phi)):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+def test_a_clipped_value_counts_where_its_error_is_the_larger(script):
+    """Known numbers: values move from 1 to 1.5, 0.5 and 1.1 where the return is 0; by 0.1 at most they move to 1.1, 0.9
+    and 1.1 (CleanRL's and OpenAI baselines' rule; stable-baselines3's leaves out the larger).
+    """
+    args = script.Args(clip_value_loss=True, clip_coef=0.1, vf_coef=0.25, ent_coef=0.0)
+    values, old, zeros = torch.tensor([1.5, 0.5, 1.1]), torch.ones(3), torch.zeros(3)
+    batch = script.Batch(zeros, zeros.long(), torch.full((3,), -math.log(2)), old, zeros, zeros)
+    loss, info = script.follower_loss(torch.zeros(3, 2), values, batch, args)
+    expected = (1.5**2 + 0.9**2 + 1.1**2) / 3
+    torch.testing.assert_close(info["losses/value_loss"], torch.tensor(expected))
+    torch.testing.assert_close(loss, torch.tensor(0.25 * expected))
 
 
 def test_leader_gradient_refuses_an_unknown_method():
