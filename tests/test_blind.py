@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import blind
+import gait
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -81,3 +83,17 @@ def test_help_is_there():
         [sys.executable, ROOT / "benchmark" / "blind.py", "--help"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and "--games" in done.stdout
+
+
+def test_a_cheetah_on_its_back_is_known_by_its_pitch(tmp_path, monkeypatch):
+    cheetah = gym.make("HalfCheetah-v5").unwrapped
+    assert cheetah.model.joint(gait.PITCH + 1).name == "rooty", "observations leave out the first position"
+    run = train(tmp_path / "HalfCheetah-v5__sprig__1", "HalfCheetah-v5")
+    settings = gait.Args([run], games=2)
+    monkeypatch.setattr(type(cheetah), "_get_obs", lambda self: np.full(17, np.pi))  # whatever it does
+    assert gait.move(run, settings)[2:] == ["1.00", "1.00"]
+    monkeypatch.undo()
+    row = gait.move(run, settings)
+    assert row[0] == str(run) and float(row[1]) < 0 and 0 <= float(row[3]) <= float(row[2]) < 1, "it has learnt nothing"
+    with pytest.raises(SystemExit, match="was trained on CartPole-v1"):
+        gait.move(train(tmp_path / "CartPole-v1__sprig__1", "CartPole-v1"), settings)
