@@ -51,15 +51,16 @@ class Args:
 def play(script, args, seed: int, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Raw returns and lengths (N,) of one whole game in each of `args.num_envs` environments.
 
-    `choose` takes the observations (M, ...) of those still playing and gives their actions (M,).
+    `choose` takes the observations (M, ...) of those still playing and gives their actions (M,) or (M, A).
     """
     envs = script.make_envs(args)
     obs, _ = envs.reset(seed=script.env_seeds(seed, 3, num_envs=args.num_envs))  # stream 3: no other program's
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
     playing = np.ones(args.num_envs, dtype=bool)
     while playing.any():
-        actions = np.zeros(args.num_envs, dtype=np.int64)  # a finished game idles
-        actions[playing] = choose(obs[playing])
+        chosen = choose(obs[playing])
+        actions = np.zeros((args.num_envs, *chosen.shape[1:]), dtype=chosen.dtype)  # a finished game idles
+        actions[playing] = chosen
         obs, _, _, _, info = envs.step(actions)
         if "_episode" in info:
             ended = info["_episode"] & playing

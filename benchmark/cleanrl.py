@@ -1,6 +1,6 @@
 """Play CleanRL's ppo_atari.py, unchanged, where a matrix names it among its peers, and export its games.
 
-    python benchmark/cleanrl.py benchmark/matrices/peer-atari.toml --clone CLONE --python PYTHON
+    python benchmark/cleanrl.py benchmark/matrices/peer-atari.toml --cleanrl-clone CLONE --cleanrl-python PYTHON
 
 CLONE is a clone of https://github.com/vwxyzjn/cleanrl, PYTHON an interpreter with what that asks for (it wants an older
 Gymnasium than ours). Every task and seed of the matrix that has no result yet is played, one after the other, for the
@@ -9,9 +9,9 @@ nothing on the way. Results are what benchmark/collect.py exports, without an ev
 start of the program.
 """
 
+import dataclasses
 import hashlib
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tyro
-from collect import fail, hardware, result_path, write_result
+from collect import fail, hardware, result_path, whole_games, write_result
 from run import load_matrix
-from speed import CLEANRL_SCRIPTS, output_of
+from speed import CLEANRL_SCRIPTS, find_cleanrl, output_of
 
 LABEL = "cleanrl"  # of the peer
 FRAME_SKIP = 4  # CleanRL's games count emulator frames
@@ -36,10 +36,10 @@ FRAME_SKIP = 4  # CleanRL's games count emulator frames
 class Args:
     matrix: Annotated[Path, tyro.conf.Positional]
     """a matrix with a peer called cleanrl"""
-    clone: Path
-    """of CleanRL"""
-    python: str = sys.executable
-    """to run it with"""
+    cleanrl_clone: Path
+    """a clone of CleanRL"""
+    cleanrl_python: str = sys.executable
+    """the Python that runs it"""
     seeds: tuple[int, ...] = ()
     """those of the matrix to play (default: all)"""
     results: Path = Path("benchmark/results")
@@ -51,7 +51,7 @@ def play(args: Args, task: str, seed: int, steps: int) -> tuple[list[tuple], int
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = {"--env-id": f"ale_py:{task}", "--seed": seed, "--total-timesteps": steps}  # ale_py: import it
-    command = [args.python, str(args.clone / CLEANRL_SCRIPTS["atari"])]
+    command = [args.cleanrl_python, str(args.cleanrl_clone / CLEANRL_SCRIPTS["atari"])]
     command += [str(word) for flag in flags.items() for word in flag]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
@@ -59,32 +59,25 @@ def play(args: Args, task: str, seed: int, steps: int) -> tuple[list[tuple], int
         output_of(command, "CleanRL", cwd=folder, env=environment)
         events = EventAccumulator(str(next(Path(folder, "runs").iterdir())), size_guidance={"scalars": 0})
         events.Reload()
-        tags = ["charts/episodic_return", "charts/episodic_length"]
-        known = tags[0] in events.Tags()["scalars"]  # a short run may have finished no game
-        returns, lengths = map(events.Scalars, tags) if known else ([], [])
         games = [
             (score.step, score.wall_time - start, score.value, length.value / FRAME_SKIP)
-            for score, length in zip(returns, lengths)
+            for score, length in whole_games(events)
         ]
         return games, events.Scalars("charts/SPS")[-1].step
 
 
 def main(args: Args) -> None:
-    script, python = args.clone / CLEANRL_SCRIPTS["atari"], shutil.which(args.python)
-    if not script.is_file():
-        fail(f"--clone {args.clone} is no clone of CleanRL: it has no {CLEANRL_SCRIPTS['atari']}")
-    if not python:
-        fail(f"--python {args.python} is not a program")
+    clone, python = find_cleanrl(args.cleanrl_clone, args.cleanrl_python, "atari")
+    args = dataclasses.replace(args, cleanrl_clone=clone, cleanrl_python=python)
     plan = load_matrix(args.matrix, Path("runs"), args.results)
     if LABEL not in tomllib.loads(args.matrix.read_text()).get("peers", {}):
         fail(f"{args.matrix} has no peer called {LABEL}")
     if strange := set(args.seeds) - {run.seed for run in plan}:
         fail(f"--seeds {min(strange)} is not one of {args.matrix}")
-    args.clone, args.python = args.clone.absolute(), os.path.abspath(python)
     packages = ("torch", "gymnasium", "numpy", "ale-py", "stable-baselines3")
     ask = f"from importlib.metadata import version; print(*map(version, {packages}))"
-    versions = dict(zip(packages, output_of([args.python, "-c", ask], "--python").split(), strict=True))
-    versions["script"] = hashlib.sha256(script.read_bytes()).hexdigest()[:12]
+    versions = dict(zip(packages, output_of([python, "-c", ask], "--cleanrl-python").split(), strict=True))
+    versions["script"] = hashlib.sha256((clone / CLEANRL_SCRIPTS["atari"]).read_bytes()).hexdigest()[:12]
     steps = {(run.task, run.seed): run.arguments["total_timesteps"] for run in plan}
     for (task, seed), total in steps.items():
         path = result_path(args.results, args.matrix.stem, task, LABEL, seed)

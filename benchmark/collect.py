@@ -92,6 +92,13 @@ def write_result(path: Path, games: list[tuple], record: dict) -> None:
     write(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
+def whole_games(events) -> list[tuple]:
+    """(return, length) of each game, as TensorBoard's scalars, from an EventAccumulator. A short run may have none."""
+    tags = ("charts/episodic_return", "charts/episodic_length")
+    known = events.Tags()["scalars"]
+    return list(zip(*(events.Scalars(tag) for tag in tags if tag in known)))
+
+
 def training_seconds(speed: list, sittings: set[int]) -> list[float]:
     """Seconds since the training began at each point of charts/SPS. `sittings`: the steps at which it was resumed.
 
@@ -113,18 +120,14 @@ def export(run: Path, path: Path) -> tuple[dict, float]:
     record = json.loads((run / "args.json").read_text())
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    known = events.Tags()["scalars"]
-    if "charts/SPS" not in known:
+    if "charts/SPS" not in events.Tags()["scalars"]:
         fail(f"{run} holds no finished iteration")
-    # A short run may have finished no game.
-    tags = [tag for tag in ("charts/episodic_return", "charts/episodic_length") if tag in known]
-    returns, lengths = map(events.Scalars, tags) if tags else ([], [])
     speed = events.Scalars("charts/SPS")
     ends = [point.step for point in speed]
     seconds = training_seconds(speed, {sitting["step"] for sitting in record.get("resumed", [])})
     games = [
         (score.step, seconds[bisect_left(ends, score.step)], score.value, length.value)
-        for score, length in zip(returns, lengths)
+        for score, length in whole_games(events)
         if score.step <= ends[-1]  # a killed run may have logged games of an iteration that it did not finish
     ]
     record["arguments"]["run_dir"] = ""  # of no use elsewhere

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import tyro
+from blind import play
 from collect import fail
 from probe import check, write_table
 
@@ -40,27 +41,24 @@ class Args:
     """CSV to write as well"""
 
 
-@torch.inference_mode()
 def move(run: Path, settings: Args) -> list[str]:
     """A row of the table."""
     script, args, leader, follower, envs = load_run(run)
     envs.close()
     if not args.env_id.startswith("HalfCheetah-"):
         fail(f"{run} was trained on {args.env_id}; what lies on its back is known of HalfCheetah alone")
-    envs = script.make_envs(dataclasses.replace(args, num_envs=settings.games))
-    torch.manual_seed(settings.seed)
-    obs, _ = envs.reset(seed=script.env_seeds(settings.seed, 3, num_envs=settings.games))  # stream 3: benchmark/
-    on_its_back = []
-    while True:  # all games are cut at the same step
+    on_its_back = []  # per step: (games,), as all games are cut at the same step
+
+    @torch.inference_mode()
+    def look(obs: np.ndarray) -> np.ndarray:
         pitch = obs[..., PITCH].reshape(settings.games, -1)[:, 0]  # under noise there is a second row, the noise
         on_its_back.append(np.cos(pitch) < 0)
-        policy = script.action_distribution(follower(leader(torch.from_numpy(obs)))[0])
-        obs, _, _, _, info = envs.step(script.sample(policy).numpy())
-        if "_episode" in info:
-            break
-    envs.close()
+        return script.sample(script.action_distribution(follower(leader(torch.from_numpy(obs)))[0])).numpy()
+
+    torch.manual_seed(settings.seed)
+    returns, _ = play(script, dataclasses.replace(args, num_envs=settings.games), settings.seed, look)
     share = np.mean(on_its_back, axis=0)  # (games,)
-    numbers = f"{info['episode']['r'].mean():.0f}", f"{share.mean():.2f}", f"{share.min():.2f}"
+    numbers = f"{returns.mean():.0f}", f"{share.mean():.2f}", f"{share.min():.2f}"
     print(f"{run}: {', '.join(numbers)}", file=sys.stderr)
     return [str(run), *numbers]
 

@@ -245,13 +245,13 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
 def read_record(path: Path) -> dict:
     try:
         record = json.loads(path.read_text())
-        return {"script": record["script"], "arguments": dict(record["arguments"])}
+        return {"trained_steps": 0} | record | {"script": record["script"], "arguments": dict(record["arguments"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{path} is damaged: {type(error).__name__}: {error}; move it away")
 
 
 def difference(run: Run, path: Path) -> str:
-    """How the arguments that made `path` differ from the matrix's: one sentence, or ""."""
+    """How the arguments or the steps that made `path` differ from the matrix's: one sentence, or ""."""
     record = read_record(path)
     if record["script"] != run.script:
         return f"{path} is of {record['script']}, not of {run.script}"
@@ -266,16 +266,10 @@ def difference(run: Run, path: Path) -> str:
         if theirs.get(name, value) != value:
             flag = name.replace("_", "-")
             return f"{path} was made with --{flag} {theirs[name]}, not {value}"
-    return ""
-
-
-def shortfall(run: Run) -> str:
-    """Whether the result was exported before the run had ended: one sentence, or ""."""
     rollout_size = run.settings["num_envs"] * run.settings["num_steps"]
     total = run.arguments.get("total_timesteps", load_script(run.script).Args.total_timesteps)
-    trained = json.loads(run.result.read_text()).get("trained_steps", 0)
-    if trained < total // rollout_size * rollout_size:
-        return f"{run.result} has {trained} agent steps only"
+    if path == run.result and record["trained_steps"] < total // rollout_size * rollout_size:
+        return f"{path} has {record['trained_steps']} agent steps only"  # exported before the run had ended
     return ""
 
 
@@ -310,7 +304,7 @@ def is_finished(run: Run) -> bool:
 def find_state(run: Run) -> tuple[str, int | None]:
     """(state, step): what of a run is there. Changes nothing."""
     if run.result.exists() and run.result.with_suffix(".csv.gz").exists():
-        wrong = difference(run, run.result) or shortfall(run)
+        wrong = difference(run, run.result)
         return (f"differs: {wrong}", None) if wrong else ("done", None)
     if run.beginning_of:
         return f"left to {run.beginning_of}", None

@@ -377,15 +377,21 @@ def check(args: Args) -> Args:
     if not args.cleanrl_clone and args.cleanrl_python != Args.cleanrl_python:
         raise SystemExit("error: --cleanrl-python would do nothing without --cleanrl-clone")
     if args.cleanrl_clone:
+        clone, python = find_cleanrl(args.cleanrl_clone, args.cleanrl_python, args.family)
         name = CLEANRL_SCRIPTS[args.family]
-        if not (args.cleanrl_clone / name).is_file():
-            raise SystemExit(f"error: --cleanrl-clone {args.cleanrl_clone} is no clone of CleanRL: it has no {name}")
-        if not (python := shutil.which(args.cleanrl_python)):
-            raise SystemExit(f"error: --cleanrl-python {args.cleanrl_python} is not a program")
-        output_of([python, str(args.cleanrl_clone / name), "--help"], f"--cleanrl-python: {name}")
-        places = {"cleanrl_clone": args.cleanrl_clone.absolute(), "cleanrl_python": os.path.abspath(python)}
-        args = dataclasses.replace(args, **places)
+        output_of([python, str(clone / name), "--help"], f"--cleanrl-python: {name}")
+        args = dataclasses.replace(args, cleanrl_clone=clone, cleanrl_python=python)
     return args
+
+
+def find_cleanrl(clone: Path, python: str, family: str) -> tuple[Path, str]:
+    """Where both are, from any folder. Ends with one line if one of them is not there."""
+    if not (clone / CLEANRL_SCRIPTS[family]).is_file():
+        name = CLEANRL_SCRIPTS[family]
+        raise SystemExit(f"error: --cleanrl-clone {clone} is no clone of CleanRL: it has no {name}")
+    if not (program := shutil.which(python)):
+        raise SystemExit(f"error: --cleanrl-python {python} is not a program")
+    return clone.absolute(), os.path.abspath(program)
 
 
 def check_output(path: Path, suffix: str, beside: str) -> None:
