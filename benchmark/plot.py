@@ -12,7 +12,7 @@ in the documents all that stands between `<!-- table: NAME -->` and `<!-- end --
 - "runs": how much of each matrix has been run;
 - "speed...", "scale...": what speed.py and scale.py left in NAME.csv, under the first line of NAME.md; with "summary"
   only the first table of it;
-- "probe...", "blind...", "decisions": what the programs of these names left in NAME.csv.
+- "probe...", "blind...", "gait...", "decisions": what the programs of these names left in NAME.csv.
 
 The same for every matrix:
 
@@ -55,6 +55,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import decisions
+import gait
 import numpy as np
 import probe
 import scale
@@ -750,12 +751,15 @@ def main(args: Args) -> None:
         tables[f"{path.stem} summary"] = "\n\n".join(tables[path.stem].split("\n\n")[:2])  # its head and first table
         if measured is scale:
             figures[path.with_suffix(".png")] = scale.draw(rows)
-    for path in sorted([*args.results.glob("probe*.csv"), *args.results.glob("blind*.csv")]):
+    for path in sorted(path for program in ("probe", "blind", "gait") for path in args.results.glob(f"{program}*.csv")):
         rows = list(csv.reader(path.read_text().splitlines()))
         if len(rows) < 2 or len(set(map(len, rows))) > 1:
             fail(f"{path} is no table with a head and rows of equal length")
-        head, *rows = probe.over_seeds(rows)
-        tables[path.stem] = render(head, rows)
+        if path.stem.startswith("gait"):
+            tables[path.stem] = render(*gait.report(rows[1:]))
+        else:
+            head, *rows = probe.over_seeds(rows)
+            tables[path.stem] = render(head, rows)
     if (path := args.results / "decisions.csv").exists():
         tables[path.stem] = render(*decisions.report(path))
     texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written

@@ -97,3 +97,15 @@ def test_a_cheetah_on_its_back_is_known_by_its_pitch(tmp_path, monkeypatch):
     assert row[0] == str(run) and float(row[1]) < 0 and 0 <= float(row[3]) <= float(row[2]) < 1, "it has learnt nothing"
     with pytest.raises(SystemExit, match="was trained on CartPole-v1"):
         gait.move(train(tmp_path / "CartPole-v1__sprig__1", "CartPole-v1"), settings)
+
+
+def test_gaits_are_counted_by_arm_and_compared_with_the_first():
+    on_its_feet, on_its_back = ["3000", "0.10", "0.00"], ["1700", "0.98", "0.97"]
+    arms = {"ppo": [on_its_back] * 10, "sprig": [on_its_feet] * 5 + [on_its_back] * 4 + [["900", "0.50", "0.40"]]}
+    rows = [[f"runs/m/C__{arm}__{seed}", *row] for arm, agents in arms.items() for seed, row in enumerate(agents)]
+    head, table = gait.report(rows)
+    assert [len(row) for row in table] == [len(head)] * 2
+    assert table[0] == ["runs/m/C__ppo", "0 of 10", "", "", "0.98", "1700", ""]
+    # Two-sided: either arm has all five of those on their feet, of the ways to choose 5 of 20.
+    p = 2 * math.comb(10, 5) / math.comb(20, 5)
+    assert table[1] == ["runs/m/C__sprig", "5 of 10", "0.10", "3000", "0.50 to 0.98", "900 to 1700", f"{p:.2g}"]
