@@ -39,8 +39,11 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
 from watch import is_atari, load_run
 
-# Addresses: the one moves with LEFT and RIGHT, the other falls from 15 by 1 with each enemy shot.
-MEMORY = {"beam_rider": {"own position": 41, "enemies left in the sector": 84}}
+# What the emulator's memory tells. The one byte moves with LEFT and RIGHT; the other falls from 15 by 1 with each enemy
+# shot, and is 255, one below 0, while the ship that ends a sector passes.
+MEMORY = {
+    "beam_rider": {"own position": lambda ram: ram[41], "enemies left in the sector": lambda ram: ram[84] % 255},
+}
 CONSTANT = "constant"  # a quantity that did not vary, in place of its R²
 PENALTIES = 10.0 ** np.arange(-2, 6)
 
@@ -97,7 +100,7 @@ def play(script, args, leader, follower, settings: Args, seed: int) -> tuple[np.
         if step % settings.every == 0:
             seen.append(obs)
             ram = ale.getRAM()
-            states.append({"lives": ale.lives()} | {name: int(ram[address]) for name, address in memory.items()})
+            states.append({"lives": ale.lives()} | {name: int(read(ram)) for name, read in memory.items()})
         with torch.inference_mode():
             action = script.action_distribution(follower(leader(torch.from_numpy(obs)[None]))[0]).sample().item()
         obs, _, terminated, truncated, _ = game.step(action)

@@ -44,7 +44,7 @@ def test_the_own_ships_position_is_where_the_memory_says():
         game.reset(seed=0)
         for action in ["FIRE"] * 40 + [direction] * 20:
             game.step(actions.index(action))
-        return int(game.unwrapped.ale.getRAM()[probe.MEMORY["beam_rider"]["own position"]])
+        return int(probe.MEMORY["beam_rider"]["own position"](game.unwrapped.ale.getRAM()))
 
     assert position("LEFT") < position("NOOP") < position("RIGHT")
 
@@ -113,17 +113,21 @@ def test_switching_attention_off_tells_what_it_does(script):
 
 def test_an_enemy_shot_is_one_enemy_fewer():
     game = probe.make_game(sprig_atari, sprig_atari.Args())
-    ale, address = game.unwrapped.ale, probe.MEMORY["beam_rider"]["enemies left in the sector"]
+    ale, enemies_left = game.unwrapped.ale, probe.MEMORY["beam_rider"]["enemies left in the sector"]
     rng, score, left = np.random.default_rng(0), 0, []
     game.reset(seed=0)
     for _ in range(600):
         _, reward, terminated, *_ = game.step(rng.choice([1, 7, 8]))
         score += reward
-        left.append((score, int(ale.getRAM()[address])))
+        left.append((score, int(enemies_left(ale.getRAM()))))
         if terminated:
             break
     assert left[0][1] == 15 and score >= 88
     assert all(enemies == 15 - points // 44 for points, enemies in left[:: len(left) // 10])
+    memory = ale.getRAM()
+    for byte, enemies in ((15, 15), (1, 1), (0, 0), (255, 0)):  # the last while the ship that ends a sector passes
+        memory[84] = byte
+        assert enemies_left(memory) == enemies
 
 
 @pytest.mark.parametrize(
