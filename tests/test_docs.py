@@ -60,3 +60,15 @@ def test_documents_name_only_what_exists(document):
         assert flag in flags or flag.replace("--no-", "--") in flags, f"{document} names {flag}"
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert ((ROOT / document).parent / target).exists(), f"{document} links to {target}"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/paper.md", "docs/results.md", "docs/speed.md"])
+def test_links_within_a_document_lead_to_its_headings(document):
+    text = (ROOT / document).read_text()
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}  # as GitHub does
+    links = set(re.findall(r"\]\(#([^)]+)\)", text))
+    assert links <= anchors, f"{document} links to {links - anchors}"
+    if document == "docs/results.md":  # every question has its short answer at the head
+        answered = set(re.findall(r"\[([^]]+)\]\(#", text.replace("\n  ", " ")))
+        assert {heading for heading in headings if heading.endswith("?")} <= answered
