@@ -8,7 +8,6 @@ back, over all games and in the game that has the least. An agent runs on its fe
 steps on its back. How many of an arm's do is compared with the first arm's number: name that one's runs first.
 """
 
-import csv
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -21,14 +20,13 @@ import numpy as np
 import torch
 import tyro
 from blind import play
-from collect import fail, render
-from probe import check, without_seed
+from collect import fail
+from probe import check, without_seed, write_table
 from scipy import stats
 
 from watch import load_run
 
 PITCH = 1  # entry of the observation
-HEAD = ["agent", "return", "steps on its back", "in the game with the fewest"]
 
 
 @dataclass
@@ -67,40 +65,35 @@ def move(run: Path, settings: Args) -> list[str]:
     return [str(run), *numbers]
 
 
-def report(rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table, a row per arm; Fisher's exact test, two-sided, not corrected for their number."""
+def over_arms(rows: list[list[str]]) -> list[list[str]]:
+    """The table with one row for all runs of an arm. Fisher's exact test, two-sided, not corrected for their number."""
     arms = {}
-    for agent, episodic_return, share, _ in rows:
+    for agent, episodic_return, share, _ in rows[1:]:
         arms.setdefault(without_seed(agent), []).append((float(share), float(episodic_return)))
-    counts, table = {}, []
+    gaits = ("on their feet", "the others")
+    columns = [f"{name}, {gait}" for gait in gaits for name in ("steps on the back", "return")]
+    table, reference = [["arm", gaits[0], *columns, "p against the first arm"]], None
     for arm, agents in arms.items():
-        feet, back = ([agent for agent in agents if (agent[0] < 0.5) == on_feet] for on_feet in (True, False))
-        counts[arm] = len(feet), len(back)
-        row = [arm, f"{len(feet)} of {len(agents)}"]
-        for shares_and_returns in (feet, back):
-            row += map(summary, zip(*shares_and_returns)) if shares_and_returns else ("", "")
-        reference = next(iter(counts))
-        p = stats.fisher_exact([counts[reference], counts[arm]])[1]
-        table.append([*row, "" if arm == reference else "< 0.0001" if p < 1e-4 else f"{p:.2g}"])
-    share, mean = "steps on the back", "return"
-    by_gait = [f"{name}, {gait}" for gait in ("on their feet", "the others") for name in (share, mean)]
-    return ["arm", "on their feet", *by_gait, "p against the first arm"], table
+        by_gait = [[agent for agent in agents if (agent[0] < 0.5) == on_feet] for on_feet in (True, False)]
+        counts = [len(group) for group in by_gait]
+        ranges = [cell for group in by_gait for cell in (map(span, zip(*group), (2, 0)) if group else ("", ""))]
+        p = "" if reference is None else f"{stats.fisher_exact([reference, counts])[1]:.2g}"
+        reference = reference or counts
+        table.append([arm, f"{counts[0]} of {len(agents)}", *ranges, p])
+    return table
 
 
-def summary(values: tuple[float, ...]) -> str:
-    """Lowest to highest: shares with two digits, returns with none."""
-    low, high = (f"{end:.0f}" if max(values) > 1 else f"{end:.2f}" for end in (min(values), max(values)))
+def span(values: tuple[float, ...], digits: int) -> str:
+    """Lowest to highest."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     return low if low == high else f"{low} to {high}"
 
 
 def main(settings: Args) -> None:
     check(settings, "games", "threads")
     torch.set_num_threads(settings.threads)
-    rows = [move(run, settings) for run in settings.runs]
-    if settings.output:
-        with settings.output.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([HEAD, *rows])
-    print(render(*report(rows)))
+    rows = [["agent", "return", "steps on its back", "in the game with the fewest"]]
+    write_table(rows + [move(run, settings) for run in settings.runs], settings.output, over_arms)
 
 
 if __name__ == "__main__":

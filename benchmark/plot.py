@@ -755,11 +755,8 @@ def main(args: Args) -> None:
         rows = list(csv.reader(path.read_text().splitlines()))
         if len(rows) < 2 or len(set(map(len, rows))) > 1:
             fail(f"{path} is no table with a head and rows of equal length")
-        if path.stem.startswith("gait"):
-            tables[path.stem] = render(*gait.report(rows[1:]))
-        else:
-            head, *rows = probe.over_seeds(rows)
-            tables[path.stem] = render(head, rows)
+        head, *rows = gait.over_arms(rows) if path.stem.startswith("gait") else probe.over_seeds(rows)
+        tables[path.stem] = render(head, rows)
     if (path := args.results / "decisions.csv").exists():
         tables[path.stem] = render(*decisions.report(path))
     texts = {document: fill(document, tables) for document in args.documents}  # everything, before anything is written

@@ -262,9 +262,9 @@ def check(settings, *counts: str) -> None:
         fail(f"--output {settings.output}: there is no folder {settings.output.parent}")
 
 
-def write_table(rows: list[list[str]], output: Path | None) -> None:
-    """Print the rows over seeds; write them as they are to `output`."""
-    head, *table = over_seeds(rows)
+def write_table(rows: list[list[str]], output: Path | None, summary=over_seeds) -> None:
+    """Print a summary of the rows; write them as they are to `output`."""
+    head, *table = summary(rows)
     print(render(head, table))
     if output:
         with output.open("w", newline="") as file:

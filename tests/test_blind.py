@@ -103,7 +103,7 @@ def test_gaits_are_counted_by_arm_and_compared_with_the_first():
     on_its_feet, on_its_back = ["3000", "0.10", "0.00"], ["1700", "0.98", "0.97"]
     arms = {"ppo": [on_its_back] * 10, "sprig": [on_its_feet] * 5 + [on_its_back] * 4 + [["900", "0.50", "0.40"]]}
     rows = [[f"runs/m/C__{arm}__{seed}", *row] for arm, agents in arms.items() for seed, row in enumerate(agents)]
-    head, table = gait.report(rows)
+    head, *table = gait.over_arms([["agent", "return", "steps on its back", "fewest"], *rows])
     assert [len(row) for row in table] == [len(head)] * 2
     assert table[0] == ["runs/m/C__ppo", "0 of 10", "", "", "0.98", "1700", ""]
     # Two-sided: either arm has all five of those on their feet, of the ways to choose 5 of 20.
