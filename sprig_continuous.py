@@ -38,8 +38,8 @@ Changes relative to sprig_atari.py: environments, normaliser, tokens, gated laye
 Everything else is the same code.
 
 Read first: Args, Leader, AttentionBlock, Follower, the losses, update and stackelberg_step (some 400 lines). Then
-collect_rollout, compute_gae and leader_gradient. The rest is machinery: checks, set-up of the process, fast
-attention, logging, checkpoints.
+collect_rollout, compute_gae and leader_gradient. The rest is machinery: fast attention, logging, checkpoints and, at
+the end, the checks of arguments and the set-up of the process.
 """
 
 import contextlib
@@ -229,180 +229,6 @@ PAPER_LITERAL = {
     "leader_value_coef": 0.0,
     "update": "stackelberg",
 }
-
-
-# -- Checks and set-up of the process: no part of the algorithm -------------------------------------
-DEFAULT_THREADS = torch.get_num_threads()  # as many as there are cores, or as OMP_NUM_THREADS says
-
-
-def flag(name: str) -> str:
-    """A field of `Args` as it is written on the command line."""
-    return f"--{name.replace('_', '-')}"
-
-
-def fail(message: str):
-    """A user's mistake: one line on stderr (of each process that finds it), exit code 1, no traceback."""
-    rank = int(os.environ.get("RANK", 0))  # torchrun's
-    raise SystemExit(f"error: {message}" + (f" (process {rank})" if rank else ""))
-
-
-def check_types(args: Args) -> Args:
-    """Raises ValueError if a field is not of its type, as tyro does, for callers of `main` and for args.json."""
-    for name, hint in get_type_hints(Args).items():
-        value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
-        if isinstance(value, Path) and str in kinds:
-            args, value = dataclasses.replace(args, **{name: str(value)}), str(value)
-        fits = value in kinds if get_origin(hint) is Literal else type(value) in kinds
-        if not fits and not (type(value) is int and float in kinds):
-            wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-            raise ValueError(f"{flag(name)} must be {wanted}, not {value!r}")
-    return args
-
-
-def check_args(args: Args) -> Args:
-    """Refuse, before anything is written, what would only fail later. Returns the arguments as they will be used."""
-    try:
-        args = check_types(args)
-    except ValueError as error:
-        fail(str(error))
-    at_least_1 = "num_envs num_steps minibatch_size update_epochs total_timesteps reward_delay"
-    not_negative = "seed threads eval_episodes checkpoint_interval ent_coef vf_coef observation_noise distractors"
-    not_negative += " max_episode_steps"
-    positive = "learning_rate clip_coef max_grad_norm target_kl"
-    fraction = "gamma gae_lambda"
-    at_least_1 += " unroll_steps cg_iterations"
-    not_negative += " perception_cost_weight cost_rows leader_value_coef implicit_damping cg_tolerance correction_clamp"
-    positive += " unroll_step_size leader_rate_factor feature_scale"
-    fraction += " cooperation_weight"
-    bounds = [
-        (at_least_1, lambda value: value >= 1, "must be at least 1"),
-        (not_negative, lambda value: value >= 0, "must not be negative"),
-        (positive, lambda value: value > 0, "must be positive"),
-        (fraction, lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
-    ]
-    for names, holds, rule in bounds:
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not holds(value):  # NaN fails every bound
-                fail(f"{flag(name)} {rule}, not {value}")
-            if value == np.inf:
-                fail(f"{flag(name)} must be finite")
-    args = check_game(args)
-    if args.seed >= 2**32:
-        fail(f"--seed must be less than 2**32, not {args.seed}")
-    if args.resume and args.evaluate:
-        fail("--resume trains, --evaluate plays; give one of the two")
-    if args.evaluate and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("--evaluate plays in one process; start it without torchrun")
-    rollout_size = args.num_envs * args.num_steps
-    if rollout_size % args.minibatch_size:
-        fail(
-            f"--minibatch-size {args.minibatch_size} does not divide the rollout of "
-            f"{args.num_envs} environments x {args.num_steps} steps = {rollout_size}"
-        )
-    if "WORLD_SIZE" in os.environ and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        fail("WORLD_SIZE is set, but not all that torchrun sets beside it: start with torchrun, or unset WORLD_SIZE")
-    for name in ("num_envs", "minibatch_size"):
-        if getattr(args, name) % int(os.environ.get("WORLD_SIZE", 1)):
-            fail(f"{flag(name)} {getattr(args, name)} cannot be split evenly over {os.environ['WORLD_SIZE']} processes")
-    if args.total_timesteps < rollout_size:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
-    samples = rollout_size if args.norm_adv == "rollout" else args.minibatch_size
-    if args.norm_adv != "none" and samples < 2:
-        fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; use more, or set none")
-    if args.compile and not args.evaluate:
-        compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
-        if not shutil.which(compiler) or not header.exists():
-            fail(f"--compile needs a C++ compiler, {compiler}, and {header}: apt install g++ python3-dev")
-    try:
-        if torch.zeros(1, device=pick_device(args.device)).device.type not in ("cpu", "cuda", "mps"):
-            fail(f"--device {args.device} is not a CPU or a GPU")
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    if args.track and not args.evaluate:
-        try:
-            import wandb  # noqa: F401
-        except ImportError as error:
-            fail(f"--track needs Weights & Biases: pip install wandb ({error})")
-    return args
-
-
-def check_game(args: Args) -> Args:
-    """`check_args` for the flags of the game. Returns the arguments with what --paper-literal sets."""
-    if args.leader_gradient != "first-order" and args.update != "stackelberg":
-        fail(f"--leader-gradient {args.leader_gradient} needs a leader that moves first: set --update stackelberg")
-    no_loss, no_attention = args.update in ("joint", "stopped", "separate"), args.attention == "none"
-    no_cost = no_loss and not args.perception_cost_in_reward
-    cost, method = "perception_cost_weight perception_cost cost_rows", args.leader_gradient
-    no_own = f"--update {args.update} has no loss of the leader's own"
-    ignored = [  # settings, whether nothing reads them, and why
-        ("cooperation_weight leader_objective leader_value_coef", no_loss, no_own),
-        (cost, no_cost, no_own),
-        (cost, no_attention, "--attention none leaves nothing to pay for"),
-        ("cost_rows", args.perception_cost == "concentration", "concentration takes all rows"),
-        ("unroll_steps unroll_step_size", method != "unrolled", "it is for --leader-gradient unrolled"),
-        ("implicit_damping cg_iterations cg_tolerance", method != "implicit", "it is for --leader-gradient implicit"),
-        ("correction_clamp", method == "first-order", "it is for --leader-gradient unrolled or implicit"),
-    ]
-    for names, unread, reason in ignored:
-        for name in names.split():
-            if unread and getattr(args, name) != getattr(Args, name):
-                fail(f"{flag(name)} would do nothing here: {reason}")
-    if args.compile and args.leader_gradient != "first-order":
-        fail("--compile has no second derivatives: set --leader-gradient first-order, or leave --compile out")
-    if args.perception_cost_in_reward and args.attention == "none":
-        fail("--perception-cost-in-reward needs attention to pay for, but --attention is none")
-    if args.paper_literal:
-        for name, literal in PAPER_LITERAL.items():
-            if getattr(args, name) not in (getattr(Args, name), literal):
-                fail(f"--paper-literal decides {flag(name)} = {literal}; give one of the two")
-        args = dataclasses.replace(args, **PAPER_LITERAL)
-    return args
-
-
-def set_matmul_precision(precision: str) -> None:
-    """For all matrix products in float32 from here on; on AMD processors without AMX "high" means "medium".
-
-    "medium" lets oneDNN compute them, in bfloat16 if the CPU has AMX, else in float32: on AMD processors up to twice
-    as fast as MKL, which is slow there. For small products MKL is faster nevertheless.
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
-    if precision == "high" and "AuthenticAMD" in cpu and "amx" not in cpu:
-        precision = "medium"  # on a GPU the same as "high"
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.allow_tf32 = precision != "highest"  # convolutions
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":  # by its number: torchrun gives each process a GPU of its own
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return torch.device(name)
-
-
-def processes() -> tuple[int, int]:
-    """(rank, number) of the processes that train together: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(mine) -> list:
-    """What each process holds, in the order of ranks."""
-    everyone = [mine] * processes()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def average(tensors: list[torch.Tensor]) -> None:
-    """Replace tensors by their means over all processes; one process alone has them already."""
-    if dist.is_initialized():
-        flat = flatten(tensors)
-        dist.all_reduce(flat)
-        flat /= processes()[1]
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
 
 
 # ==================================================================================================
@@ -1888,33 +1714,6 @@ class StopSignal:
             os.write(2, b"\nstopping after this iteration; repeat to exit at once\n")
 
 
-def keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed tensors: faulting it in anew takes a tenth of an update's time."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library, with other habits
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for parameter, size in ((-1, 2**31 - 1), (-2, 2**26)):  # trim threshold, top pad
-            mallopt(parameter, size)
-        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # mmap threshold; older versions take no more than 32 MiB
-
-
-def prepare_compiler(device: torch.device) -> None:
-    """What `torch.compile` needs here: to trace derivatives, but not `descend`; no warnings of what is meant; buffers
-    kept for a second backward; and on a CPU kernels that are called from C++.
-    """
-    global descend
-    from torch._dynamo import config as tracing
-    from torch._functorch import config
-    from torch._inductor import config as code
-
-    if hasattr(tracing, "trace_autograd_ops"):  # older versions cut the step at each derivative
-        tracing.trace_autograd_ops = True
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
-    config.donated_buffer = False
-    descend = torch.compiler.disable(descend)  # traced, it would be traced anew for each learning rate
-    torch.compiler.reset()  # graphs of an earlier run in this process: only so many are kept
-    code.cpp_wrapper = device.type == "cpu"  # calls from Python cost small networks a tenth of a step, and more acting
-
-
 def main(args: Args) -> dict:
     """Train, evaluate, save. Returns the evaluation (empty with `--eval-episodes 0`)."""
     args = check_args(args)
@@ -2074,6 +1873,207 @@ def parse_args() -> Args:
         default = dataclasses.replace(read_args(Path(run)), resume=args.resume, evaluate=args.evaluate)
         args = tyro.cli(Args, description=__doc__, default=default)
     return args
+
+
+# -- Checks and set-up of the process: no part of the algorithm -------------------------------------
+DEFAULT_THREADS = torch.get_num_threads()  # as many as there are cores, or as OMP_NUM_THREADS says
+
+
+def flag(name: str) -> str:
+    """A field of `Args` as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def fail(message: str):
+    """A user's mistake: one line on stderr (of each process that finds it), exit code 1, no traceback."""
+    rank = int(os.environ.get("RANK", 0))  # torchrun's
+    raise SystemExit(f"error: {message}" + (f" (process {rank})" if rank else ""))
+
+
+def check_types(args: Args) -> Args:
+    """Raises ValueError if a field is not of its type, as tyro does, for callers of `main` and for args.json."""
+    for name, hint in get_type_hints(Args).items():
+        value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
+        if isinstance(value, Path) and str in kinds:
+            args, value = dataclasses.replace(args, **{name: str(value)}), str(value)
+        fits = value in kinds if get_origin(hint) is Literal else type(value) in kinds
+        if not fits and not (type(value) is int and float in kinds):
+            wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+            raise ValueError(f"{flag(name)} must be {wanted}, not {value!r}")
+    return args
+
+
+def check_args(args: Args) -> Args:
+    """Refuse, before anything is written, what would only fail later. Returns the arguments as they will be used."""
+    try:
+        args = check_types(args)
+    except ValueError as error:
+        fail(str(error))
+    at_least_1 = "num_envs num_steps minibatch_size update_epochs total_timesteps reward_delay"
+    not_negative = "seed threads eval_episodes checkpoint_interval ent_coef vf_coef observation_noise distractors"
+    not_negative += " max_episode_steps"
+    positive = "learning_rate clip_coef max_grad_norm target_kl"
+    fraction = "gamma gae_lambda"
+    at_least_1 += " unroll_steps cg_iterations"
+    not_negative += " perception_cost_weight cost_rows leader_value_coef implicit_damping cg_tolerance correction_clamp"
+    positive += " unroll_step_size leader_rate_factor feature_scale"
+    fraction += " cooperation_weight"
+    bounds = [
+        (at_least_1, lambda value: value >= 1, "must be at least 1"),
+        (not_negative, lambda value: value >= 0, "must not be negative"),
+        (positive, lambda value: value > 0, "must be positive"),
+        (fraction, lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
+    ]
+    for names, holds, rule in bounds:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):  # NaN fails every bound
+                fail(f"{flag(name)} {rule}, not {value}")
+            if value == np.inf:
+                fail(f"{flag(name)} must be finite")
+    args = check_game(args)
+    if args.seed >= 2**32:
+        fail(f"--seed must be less than 2**32, not {args.seed}")
+    if args.resume and args.evaluate:
+        fail("--resume trains, --evaluate plays; give one of the two")
+    if args.evaluate and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("--evaluate plays in one process; start it without torchrun")
+    rollout_size = args.num_envs * args.num_steps
+    if rollout_size % args.minibatch_size:
+        fail(
+            f"--minibatch-size {args.minibatch_size} does not divide the rollout of "
+            f"{args.num_envs} environments x {args.num_steps} steps = {rollout_size}"
+        )
+    if "WORLD_SIZE" in os.environ and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        fail("WORLD_SIZE is set, but not all that torchrun sets beside it: start with torchrun, or unset WORLD_SIZE")
+    for name in ("num_envs", "minibatch_size"):
+        if getattr(args, name) % int(os.environ.get("WORLD_SIZE", 1)):
+            fail(f"{flag(name)} {getattr(args, name)} cannot be split evenly over {os.environ['WORLD_SIZE']} processes")
+    if args.total_timesteps < rollout_size:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_size}")
+    samples = rollout_size if args.norm_adv == "rollout" else args.minibatch_size
+    if args.norm_adv != "none" and samples < 2:
+        fail(f"--norm-adv {args.norm_adv} cannot normalise over a single transition; use more, or set none")
+    if args.compile and not args.evaluate:
+        compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
+        if not shutil.which(compiler) or not header.exists():
+            fail(f"--compile needs a C++ compiler, {compiler}, and {header}: apt install g++ python3-dev")
+    try:
+        if torch.zeros(1, device=pick_device(args.device)).device.type not in ("cpu", "cuda", "mps"):
+            fail(f"--device {args.device} is not a CPU or a GPU")
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    if args.track and not args.evaluate:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            fail(f"--track needs Weights & Biases: pip install wandb ({error})")
+    return args
+
+
+def check_game(args: Args) -> Args:
+    """`check_args` for the flags of the game. Returns the arguments with what --paper-literal sets."""
+    if args.leader_gradient != "first-order" and args.update != "stackelberg":
+        fail(f"--leader-gradient {args.leader_gradient} needs a leader that moves first: set --update stackelberg")
+    no_loss, no_attention = args.update in ("joint", "stopped", "separate"), args.attention == "none"
+    no_cost = no_loss and not args.perception_cost_in_reward
+    cost, method = "perception_cost_weight perception_cost cost_rows", args.leader_gradient
+    no_own = f"--update {args.update} has no loss of the leader's own"
+    ignored = [  # settings, whether nothing reads them, and why
+        ("cooperation_weight leader_objective leader_value_coef", no_loss, no_own),
+        (cost, no_cost, no_own),
+        (cost, no_attention, "--attention none leaves nothing to pay for"),
+        ("cost_rows", args.perception_cost == "concentration", "concentration takes all rows"),
+        ("unroll_steps unroll_step_size", method != "unrolled", "it is for --leader-gradient unrolled"),
+        ("implicit_damping cg_iterations cg_tolerance", method != "implicit", "it is for --leader-gradient implicit"),
+        ("correction_clamp", method == "first-order", "it is for --leader-gradient unrolled or implicit"),
+    ]
+    for names, unread, reason in ignored:
+        for name in names.split():
+            if unread and getattr(args, name) != getattr(Args, name):
+                fail(f"{flag(name)} would do nothing here: {reason}")
+    if args.compile and args.leader_gradient != "first-order":
+        fail("--compile has no second derivatives: set --leader-gradient first-order, or leave --compile out")
+    if args.perception_cost_in_reward and args.attention == "none":
+        fail("--perception-cost-in-reward needs attention to pay for, but --attention is none")
+    if args.paper_literal:
+        for name, literal in PAPER_LITERAL.items():
+            if getattr(args, name) not in (getattr(Args, name), literal):
+                fail(f"--paper-literal decides {flag(name)} = {literal}; give one of the two")
+        args = dataclasses.replace(args, **PAPER_LITERAL)
+    return args
+
+
+def set_matmul_precision(precision: str) -> None:
+    """For all matrix products in float32 from here on; on AMD processors without AMX "high" means "medium".
+
+    "medium" lets oneDNN compute them, in bfloat16 if the CPU has AMX, else in float32: on AMD processors up to twice
+    as fast as MKL, which is slow there. For small products MKL is faster nevertheless.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
+    if precision == "high" and "AuthenticAMD" in cpu and "amx" not in cpu:
+        precision = "medium"  # on a GPU the same as "high"
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"  # convolutions
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # by its number: torchrun gives each process a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(name)
+
+
+def processes() -> tuple[int, int]:
+    """(rank, number) of the processes that train together: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(mine) -> list:
+    """What each process holds, in the order of ranks."""
+    everyone = [mine] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def average(tensors: list[torch.Tensor]) -> None:
+    """Replace tensors by their means over all processes; one process alone has them already."""
+    if dist.is_initialized():
+        flat = flatten(tensors)
+        dist.all_reduce(flat)
+        flat /= processes()[1]
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed tensors: faulting it in anew takes a tenth of an update's time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, with other habits
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, size in ((-1, 2**31 - 1), (-2, 2**26)):  # trim threshold, top pad
+            mallopt(parameter, size)
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # mmap threshold; older versions take no more than 32 MiB
+
+
+def prepare_compiler(device: torch.device) -> None:
+    """What `torch.compile` needs here: to trace derivatives, but not `descend`; no warnings of what is meant; buffers
+    kept for a second backward; and on a CPU kernels that are called from C++.
+    """
+    global descend
+    from torch._dynamo import config as tracing
+    from torch._functorch import config
+    from torch._inductor import config as code
+
+    if hasattr(tracing, "trace_autograd_ops"):  # older versions cut the step at each derivative
+        tracing.trace_autograd_ops = True
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # named_parameters
+    config.donated_buffer = False
+    descend = torch.compiler.disable(descend)  # traced, it would be traced anew for each learning rate
+    torch.compiler.reset()  # graphs of an earlier run in this process: only so many are kept
+    code.cpp_wrapper = device.type == "cpu"  # calls from Python cost small networks a tenth of a step, and more acting
 
 
 if __name__ == "__main__":
