@@ -23,6 +23,7 @@ The same for every matrix:
   task that is learnt early rises late, as short games from the beginning fill the first windows.
 - From 7 arms on, whose curves would hide each other, a figure has a row per arm: its mean over training.
 - Against time the same points stand at the seconds at which the run had come so far; a mean over seeds at their mean.
+  Pauses of the process are left out (see `without_pauses`).
 - Arms are judged by the final score. The mean over training, tested apart, is for tasks that have a highest return.
 - Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own. An arm
   with `beginning_of` is made of the longer runs of that matrix, cut at this one's steps, and has no evaluation.
@@ -184,6 +185,20 @@ def read_run(path: Path) -> Run:
         fail(f"{beside} is missing; benchmark/collect.py writes it beside the .csv.gz")
     except (OSError, EOFError, zlib.error, KeyError, TypeError, ValueError) as error:  # JSON's errors are ValueErrors
         fail(f"{path} or its .json is not what benchmark/collect.py writes: {error!r}")
+
+
+def without_pauses(games: np.ndarray) -> np.ndarray:
+    """(games,) seconds at which each game ended, as if the run had never been suspended.
+
+    A minute or more between two rollouts' ends at less than a tenth of the run's median speed is taken for a pause, and
+    replaced by what so many steps take at that speed.
+    """
+    times, last, inverse = np.unique(games[::-1, 1], return_index=True, return_inverse=True)
+    steps, seconds = np.diff(games[::-1, 0][last], prepend=0), np.diff(times, prepend=0)  # of each rollout with games
+    paces = seconds / steps.clip(1)  # seconds per step
+    typical = np.median(paces) if len(paces) else 0.0
+    paused = (seconds >= 60) & (paces > 10 * typical)
+    return np.where(paused, typical * steps, seconds).cumsum()[inverse][::-1]
 
 
 def read_runs(folder: Path, matrix: Matrix) -> tuple[dict[str, dict[tuple[int, str], list[Run]]], list[Run]]:
@@ -637,7 +652,7 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
         for key, group in groups.items():
             grid = key[0] * np.arange(1, POINTS + 1) / POINTS
             if all(len(run.games) for run in group):
-                times[key] = np.array([np.interp(grid, run.games[:, 0], run.games[:, 1]) for run in group]).T
+                times[key] = np.array([np.interp(grid, run.games[:, 0], without_pauses(run.games)) for run in group]).T
             counts[key[1]].add(len(group))
             draw_group(left, group, np.tile(grid[:, None] / unit, len(group)), styles[key[1]], seeds)
         hours = max((time.max() for time in times.values()), default=0) > 2 * 3600

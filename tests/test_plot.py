@@ -163,6 +163,22 @@ def test_curve_averages_the_games_of_the_last_tenth():
     assert run.final == 95.5 and run.area == pytest.approx(50.5)
 
 
+def test_a_suspended_run_is_drawn_as_if_it_had_gone_on():
+    """A rollout of 1000 steps takes 10 s and ends one to three games; after step 5000 the process slept for an hour."""
+    random = np.random.default_rng(0)
+    ends = np.repeat(np.arange(1, 21) * 1000, random.integers(1, 4, size=20))  # each game's rollout
+    steps = np.sort(ends - random.integers(0, 1000, size=len(ends)))
+    games = np.stack([steps, ends / 100, np.ones(len(ends))], axis=1)
+    np.testing.assert_allclose(plot.without_pauses(games), ends / 100)
+    slept = games.copy()
+    slept[ends > 5000, 1] += 3600
+    np.testing.assert_allclose(plot.without_pauses(slept), ends / 100, atol=20)
+    slow = games.copy()
+    slow[ends > 5000, 1] += 70  # seven times as long as usual: a slow stretch stays
+    np.testing.assert_array_equal(plot.without_pauses(slow), slow[:, 1])
+    assert plot.without_pauses(games[:0]).shape == (0,)
+
+
 def test_interquartile_mean_is_a_trimmed_mean_relative_to_the_reference():
     rng = np.random.default_rng(1)
     x, reference = rng.normal(5, 1, (6, 3)), rng.normal(4, 1, (4, 3))
