@@ -65,7 +65,7 @@ from collections import deque
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 if __name__ == "__main__":  # OpenMP reads it when torch is loaded: idle threads soon stop spinning and free their cores
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -74,7 +74,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # first: its default arguments would keep a process group alive beyond its end
+import torch.distributed.nn.functional  # before there is a process group: imported later, it would keep that
 import torch.nn as nn
 import tyro
 from torch.distributions import Categorical, Distribution, Independent, Normal
@@ -95,7 +95,7 @@ class Args:
     run_dir: str = ""
     """folder of the run, new or empty (if not given: runs/<env>__<script>__<seed>__<time>)"""
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one"""
+    """"cpu", "cuda", "cuda:1", ...; "auto" takes a CUDA GPU if there is one"""
     threads: int = 1
     """CPU threads of the networks, for which one is usually the fastest (0: as many as there are cores)"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
@@ -382,9 +382,9 @@ class RunningMoments(nn.Module):
         var, mean = torch.var_mean(x, 0, correction=0)
         require_finite({"the mean of what was observed": mean, "the variance of what was observed": var})
         mine = mean.clone()
-        average([mean])  # now that of all processes
+        average_([mean])  # now that of all processes
         var += (mine - mean) ** 2  # about the common mean
-        average([var])
+        average_([var])
         number = len(x) * processes()[1]
         weight, shift = number / (self.count + number), mean - self.mean  # weight: the share of the new values
         self.mean += weight * shift
@@ -522,7 +522,7 @@ class Rollout(NamedTuple):
     logprobs: torch.Tensor  # (T, N) under the policy that acted
     rewards: torch.Tensor  # (T, N) as the environment paid them: raw, unless delayed (see Disturbed)
     values: torch.Tensor  # (T, N)
-    next_values: torch.Tensor  # (T, N) of the observation that the action truly led to; not read where terminated
+    next_values: torch.Tensor  # (T, N) of the observation that the action truly led to; no effect where terminated
     terminations: torch.Tensor  # (T, N) 1.0 where nothing follows: no bootstrap
     dones: torch.Tensor  # (T, N) 1.0 where the episode ended, terminated or truncated
 
@@ -665,15 +665,9 @@ def follower_loss(logits, values, batch: Batch, args: Args):
 # ==================================================================================================
 def make_batch(rollout: Rollout, leader: Leader, args: Args) -> Batch:
     """The transitions of a rollout, flat (T·N), with what is learnt from: advantages and returns."""
-    advantages, returns = compute_gae(
-        learner_rewards(rollout, leader, args),
-        rollout.values,
-        rollout.next_values,
-        rollout.terminations,
-        rollout.dones,
-        args.gamma,
-        args.gae_lambda,
-    )
+    rewards = learner_rewards(rollout, leader, args)
+    ends = rollout.terminations, rollout.dones
+    advantages, returns = compute_gae(rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda)
     if args.norm_adv == "rollout":
         advantages = normalise(advantages)
     columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
@@ -693,10 +687,10 @@ def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tenso
 def normalise(x: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit variance, over the values of all processes (each holds equally many)."""
     mean, num_processes = x.mean(), processes()[1]
-    average([mean])
+    average_([mean])
     # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
     variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
-    average([variance])
+    average_([variance])
     return (x - mean) / (variance.sqrt() + 1e-8)
 
 
@@ -738,11 +732,12 @@ def descend(optimizers: list, gradients: list[torch.Tensor], max_norm: float, **
     """One step of the players down their `gradients`, averaged over processes and clipped to the norm `max_norm`.
 
     Returns the norm before clipping. If it is not finite, raises FloatingPointError before the step, which names the
-    first tensor to blame. On a GPU, where a check means waiting, `mean_info` checks after the epochs.
+    first tensor to blame: for that alone are `players`, by role, in the order of `gradients`. On a GPU, where a check
+    means waiting, `mean_info` checks after the epochs.
     """
     gradient = flatten(gradients)
-    average([gradient])
-    norm = gradient.square().sum().sqrt()  # norm() of a million float32 is off by 1e-4 on a CPU
+    average_([gradient])
+    norm = gradient.square().sum().sqrt()  # norm() of millions of float32 is off by some 1e-5 on a CPU
     if gradient.is_cpu and not norm.isfinite():
         parameters = {f"{role}.{n}": p for role, player in players.items() for n, p in named_parameters(player).items()}
         require_finite({f"the parameter {name}": parameter for name, parameter in parameters.items()})
@@ -778,7 +773,7 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     Raises FloatingPointError if a loss or a gradient's norm is not finite.
     """
     table = torch.stack([torch.stack([info[name] for name in history[0]]) for info in history])
-    average([table])
+    average_([table])
     means = dict(zip(history[0], table.mean(0).tolist()))
     for name, mean in means.items():  # on a GPU the only check of each step (see descend)
         if name.endswith(("loss", "utility", "grad_norm")) and not np.isfinite(mean):
@@ -989,8 +984,7 @@ def evaluate_run(args: Args) -> dict:
 
 def report_evaluation(run_dir: Path, evaluation: dict) -> None:
     """Print the score, and write evaluation.json; an earlier one is kept under a number."""
-    games, mean, std = len(evaluation["returns"]), evaluation["mean"], evaluation["std"]
-    print(f"evaluation over {games} games: {mean:.1f} ± {std:.1f}")
+    print(f"evaluation over {len(evaluation['returns'])} games: {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
     write_json(run_dir / "evaluation.json", evaluation, keep=True)
 
 
@@ -1135,7 +1129,7 @@ def refuse_changes(run_dir: Path, args: Args) -> None:
     saved = read_args(run_dir)
     for field in dataclasses.fields(Args):
         old, new = getattr(saved, field.name), getattr(args, field.name)
-        if new not in (old, "") and field.name not in MAY_CHANGE:  # the folder's name may be left out
+        if new not in (old, "") and field.name not in MAY_CHANGE:  # "": --run-dir was left out
             name = flag(field.name)
             fail(f"{run_dir} was trained with {name} {old}, not {new}; leave out {name}")
 
@@ -1255,7 +1249,7 @@ def train(args: Args, stop: StopSignal) -> dict:
 
             try:
                 obs, games = collect_rollout(envs, obs, leader, follower, rollout, args.compile)
-                batch = make_batch(rollout, leader, args)
+                batch = make_batch(rollout, leader, my_args)
                 metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
                 leader.normaliser.observe(batch.obs)
             except FloatingPointError as error:
@@ -1292,7 +1286,7 @@ def train(args: Args, stop: StopSignal) -> dict:
                 if stopping or iteration + 1 == num_iterations:
                     break
                 envs.close()
-                envs = make_envs(my_args)  # as a resumed run has them: BipedalWalker keeps some state over a reset
+                envs = make_envs(my_args)  # as a resumed run has them: some (BipedalWalker) keep state over a reset
                 obs = restart(envs, args, global_step)
                 leader.normaliser.forget_episodes()
     envs.close()
@@ -1346,7 +1340,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
     """A user's mistake: one line on stderr (of each process that finds it), exit code 1, no traceback."""
     rank = int(os.environ.get("RANK", 0))  # torchrun's
     raise SystemExit(f"error: {message}" + (f" (process {rank})" if rank else ""))
@@ -1397,10 +1391,8 @@ def check_args(args: Args) -> Args:
         fail("--evaluate plays in one process; start it without torchrun")
     rollout_size = args.num_envs * args.num_steps
     if rollout_size % args.minibatch_size:
-        fail(
-            f"--minibatch-size {args.minibatch_size} does not divide the rollout of "
-            f"{args.num_envs} environments x {args.num_steps} steps = {rollout_size}"
-        )
+        product = f"{args.num_envs} environments x {args.num_steps} steps"
+        fail(f"--minibatch-size {args.minibatch_size} does not divide the rollout of {product} = {rollout_size}")
     if "WORLD_SIZE" in os.environ and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         fail("WORLD_SIZE is set, but not all that torchrun sets beside it: start with torchrun, or unset WORLD_SIZE")
     for name in ("num_envs", "minibatch_size"):
@@ -1463,7 +1455,7 @@ def gather(mine) -> list:
     return everyone
 
 
-def average(tensors: list[torch.Tensor]) -> None:
+def average_(tensors: list[torch.Tensor]) -> None:
     """Replace tensors by their means over all processes; one process alone has them already."""
     if dist.is_initialized():
         flat = flatten(tensors)

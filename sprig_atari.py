@@ -57,7 +57,7 @@ from collections import deque
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 if __name__ == "__main__":  # OpenMP reads it when torch is loaded: idle threads soon stop spinning and free their cores
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -93,7 +93,7 @@ class Args:
     run_dir: str = ""
     """folder of the run, new or empty (if not given: runs/<env>__<script>__<seed>__<time>)"""
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1", ...; "auto" takes the GPU if there is one"""
+    """"cpu", "cuda", "cuda:1", ...; "auto" takes a CUDA GPU if there is one"""
     threads: int = 0
     """CPU threads of the networks and of the emulator (0: as many as there are cores)"""
     matmul_precision: Literal["highest", "high", "medium", "bfloat16"] = "high"
@@ -204,7 +204,8 @@ class Args:
     """the paper as printed: rows 1, 2, 4, 5, 10 and 11 of docs/paper.md"""
 
 
-# What --paper-literal sets. Of those that keep their defaults here, other values are refused.
+# What --paper-literal sets. Any other value of these flags is refused, but for the default, which cannot be told from a
+# flag not given; so those that stay at their default stand here too.
 PAPER_LITERAL = {
     "cooperation_weight": 0.3,  # line 11 puts its α = 0.7 on the cost, 0.3 on the return
     "perception_cost": "l1",
@@ -227,7 +228,8 @@ SIMULATORS = ("ale-py",)  # packages whose versions a run records
 def env_protocol(args: Args) -> dict:
     """How the game is played, in full: what two results must share to be comparable.
 
-    Standard preprocessing: Mnih et al. 2015; its reporting: Machado et al. 2018 (arXiv 1709.06009).
+    Ends the run with one line if the id is none that fits. Standard preprocessing: Mnih et al. 2015; its reporting:
+    Machado et al. 2018 (arXiv 1709.06009).
     """
     try:
         spec = gym.spec(args.env_id)
@@ -387,19 +389,14 @@ class Leader(nn.Module):
 
     def __init__(self, observation_space: gym.spaces.Box, args: Args):
         super().__init__()
-        self.convs = nn.ModuleList(
-            [
-                init_layer(nn.Conv2d(observation_space.shape[0], 32, 8, stride=4)),
-                init_layer(nn.Conv2d(32, 64, 4, stride=2)),
-                init_layer(nn.Conv2d(64, 64, 3, stride=1)),
-            ]
-        )
+        shapes = ((observation_space.shape[0], 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))  # in, out, kernel, stride
+        self.convs = nn.ModuleList(init_layer(nn.Conv2d(*shape)) for shape in shapes)
+        gated, attends = args.attention == "gated", args.attention != "none"
         self.norms, self.blocks = nn.ModuleList(), nn.ModuleList()
         size = observation_space.shape[-1]  # 84, then rows (and columns) of locations: 20, 9, 7
         for conv in self.convs:
             size = (size - conv.kernel_size[0]) // conv.stride[0] + 1
             self.norms.append(nn.LayerNorm((size, size, conv.out_channels)))
-            gated, attends = args.attention == "gated", args.attention != "none"
             self.blocks.append(AttentionBlock(conv.out_channels, gated) if attends else None)
         # DEVIATION: row 4, ReLU after LayerNorm: without it only LayerNorm and attention are nonlinear
         self.activation = nn.Identity() if args.attention == "figure4" else nn.ReLU(inplace=True)
@@ -408,7 +405,7 @@ class Leader(nn.Module):
 
     def forward(self, obs: torch.Tensor, num_rows: int | None = None):
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.low_precision):
-            x = obs.float().mul_(1 / 255)  # (B, 4, 84, 84)
+            x = obs.to(torch.float32, copy=True).mul_(1 / 255)  # (B, 4, 84, 84)
             attention = []
             for conv, norm, block in zip(self.convs, self.norms, self.blocks):
                 x = self.activation(norm(conv(x).permute(0, 2, 3, 1)))  # (B, H, W, C)
@@ -439,7 +436,7 @@ class Leader(nn.Module):
         for i, frame in enumerate(frames):
             overlays = [attention_overlay(frame, layer[i].cpu().numpy(), k) for k, layer in enumerate(received)]
             rows.append(np.hstack([np.stack([frame] * 3, -1), *overlays]))
-        return {"leader/attention_received": np.vstack(rows).repeat(2, axis=0).repeat(2, axis=1)}
+        return {"leader/attention_received": np.vstack(rows).repeat(2, axis=0).repeat(2, axis=1)} if received else {}
 
 
 class AttentionBlock(nn.Module):
@@ -488,9 +485,10 @@ def attend(query, key, value) -> torch.Tensor:
 
 
 def attention_rows(query, key) -> torch.Tensor:
-    """Attention weights: query (B, r, d), key (B, n, d) -> (B, r, n), rows sum to 1.
+    """Attention weights softmax(Q Kᵀ / √d): query (B, r, d), key (B, n, d) -> (B, r, n), rows sum to 1.
 
-    Rows under 48 (never on frames) are computed as columns, whose softmax takes half the time on a CPU.
+    `baddbmm` scales within the product; with beta=0 it does not read its first argument. Rows under 48 (never on
+    frames) are computed as columns, whose softmax takes half the time on a CPU.
     """
     scale, unused = query.shape[-1] ** -0.5, key.new_empty(())
     if key.shape[1] < 48:
@@ -615,7 +613,7 @@ class Rollout(NamedTuple):
     logprobs: torch.Tensor  # (T, N) under the policy that acted
     rewards: torch.Tensor  # (T, N) as the environment paid them: raw, unless delayed (see Disturbed)
     values: torch.Tensor  # (T, N)
-    next_values: torch.Tensor  # (T, N) of the observation that the action truly led to; not read where terminated
+    next_values: torch.Tensor  # (T, N) of the observation that the action truly led to; no effect where terminated
     terminations: torch.Tensor  # (T, N) 1.0 where nothing follows: no bootstrap
     dones: torch.Tensor  # (T, N) 1.0 where the episode ended, terminated or truncated
 
@@ -738,8 +736,8 @@ def perception_cost(attention: list[torch.Tensor], kind: str) -> torch.Tensor:
         n = weights.shape[-1]
         # DEVIATION: row 2, costs with a gradient beside the printed norm, which has none
         if kind == "entropy":  # mean_i H(A_i) / log n: 1 for uniform rows, 0 for one-hot rows
-            negentropies = (weights * (weights + 1e-30).log()).sum((-2, -1))  # (B,) of all rows together
-            cost = negentropies / (-weights.shape[-2] * max(math.log(n), 1e-30))
+            entropies = -(weights * (weights + 1e-30).log()).sum((-2, -1))  # (B,) of all rows together
+            cost = entropies / (weights.shape[-2] * max(math.log(n), 1e-30))
         elif kind == "concentration":  # ‖A‖₁ induced, from [1, n] to [0, 1]: 1 if all rows look at one location
             if weights.shape[-2] != n:
                 raise ValueError(f"concentration needs all {n} query rows, not {weights.shape[-2]}")
@@ -813,15 +811,9 @@ def follower_loss(logits, values, batch: Batch, args: Args):
 # ==================================================================================================
 def make_batch(rollout: Rollout, leader: Leader, args: Args) -> Batch:
     """The transitions of a rollout, flat (T·N), with what is learnt from: advantages and returns."""
-    advantages, returns = compute_gae(
-        learner_rewards(rollout, leader, args),
-        rollout.values,
-        rollout.next_values,
-        rollout.terminations,
-        rollout.dones,
-        args.gamma,
-        args.gae_lambda,
-    )
+    rewards = learner_rewards(rollout, leader, args)
+    ends = rollout.terminations, rollout.dones
+    advantages, returns = compute_gae(rewards, rollout.values, rollout.next_values, *ends, args.gamma, args.gae_lambda)
     if args.norm_adv == "rollout":
         advantages = normalise(advantages)
     columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
@@ -842,10 +834,10 @@ def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tenso
 def normalise(x: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit variance, over the values of all processes (each holds equally many)."""
     mean, num_processes = x.mean(), processes()[1]
-    average([mean])
+    average_([mean])
     # Unbiased: the average over processes of P·Σ(x - mean)² / (P·n - 1) is the sum over all P·n values / (P·n - 1).
     variance = (x - mean).square().sum() * (num_processes / (num_processes * x.numel() - 1))
-    average([variance])
+    average_([variance])
     return (x - mean) / (variance.sqrt() + 1e-8)
 
 
@@ -878,16 +870,16 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
     # 1. The leader moves: ascend u_L in θ. φ is held fixed (line 12), or the follower's answer anticipated (Eq. 6).
     features, attention = leader(minibatch.obs, num_rows=cost_rows(args))  # line 7
     cost = perception_cost(attention, args.perception_cost)  # line 8, Eq. (9)
-    old_logits, values = follower(features)  # line 9
-    loss, info = leader_loss(old_logits, values, cost, minibatch, args)  # lines 10-11
+    logits_before, values = follower(features)  # line 9
+    loss, info = leader_loss(logits_before, values, cost, minibatch, args)  # lines 10-11
     if args.leader_gradient == "first-order":
         # DEVIATION: row 7, Eq. (6) asks for the total derivative through φ*(θ); Algorithm 1 takes this one
         gradients = differentiate(loss, theta)
     else:
         gradients, gradient_info = total_derivative(follower, features, cost, theta, phi, minibatch, args)
         info |= gradient_info
-    # Their graph is used up, and may not outlive --compile's cut at `descend`.
-    loss, old_logits, values = loss.detach(), old_logits.detach(), values.detach()
+    # θ's gradients are taken. Drop the graph: torch.compile splits the step at `descend` and cannot carry one across.
+    loss, logits_before, values = loss.detach(), logits_before.detach(), values.detach()
     info["leader/grad_norm"] = descend([leader_optimizer], gradients, args.max_grad_norm, leader=leader)
 
     # 2. The follower sees what the leader now shows: features recomputed, θ held fixed (line 13).
@@ -900,7 +892,7 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
     loss, follower_info = follower_loss(logits, values, minibatch, args)
     gradients = differentiate(loss, phi)
     with torch.no_grad():  # how far the leader's move alone has changed the policy
-        info["leader/kl"] = kl_divergence(action_distribution(old_logits), action_distribution(logits)).mean()
+        info["leader/kl"] = kl_divergence(action_distribution(logits_before), action_distribution(logits)).mean()
     info["losses/grad_norm"] = descend([follower_optimizer], gradients, args.max_grad_norm, follower=follower)
     return info | follower_info
 
@@ -942,7 +934,8 @@ def joint_step(leader, follower, leader_optimizer, follower_optimizer, minibatch
 def total_derivative(follower, features, cost, theta, phi, minibatch: Batch, args: Args):
     """`leader_gradient` for --leader-gradient unrolled and implicit. Returns (gradients, info).
 
-    As functions of φ both losses take θ by the features and the cost, which were computed from it.
+    Both losses depend on θ only by `features` and `cost`, whose graph leads back to it, so that the functions of (θ, φ)
+    below ignore their first argument.
     """
 
     def leader_loss_fn(_, phi):
@@ -954,7 +947,8 @@ def total_derivative(follower, features, cost, theta, phi, minibatch: Batch, arg
     options = {"step_size": args.unroll_step_size, "num_steps": args.unroll_steps, "damping": args.implicit_damping}
     options |= {"cg_iterations": args.cg_iterations, "cg_tolerance": args.cg_tolerance, "clamp": args.correction_clamp}
     method, info = args.leader_gradient, {}
-    return leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, **options, info=info), info
+    gradients = leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, **options, info=info)
+    return gradients, info  # which leader_gradient has filled
 
 
 def leader_gradient(
@@ -979,8 +973,8 @@ def leader_gradient(
     - "unrolled": d/dθ f_L(θ, φ⁺(θ)), where φ⁺ is φ after `num_steps` steps of size `step_size` down ∇_φ f_F.
     - "implicit": ∂f_L/∂θ - M (H + damping·I)⁻¹ ∂f_L/∂φ with H = ∇²_φφ f_F, M = ∇²_θφ f_F: Eq. (6) by the implicit
       function theorem, the solve by conjugate gradients (`cg_iterations`, `cg_tolerance` of the residual's norm).
-    An option of another method is ignored. The correction, total minus first-order gradient, is scaled
-    down to `clamp` times the first-order gradient's norm. By default nothing is damped or clamped.
+    An option of another method is ignored. The correction, total minus first-order gradient, is scaled down to `clamp`
+    times the first-order gradient's norm where it is longer. By default nothing is damped or clamped.
     `info` receives the unclamped correction's norm, relative to the first-order gradient's, the cosine between
     the returned and the first-order gradient, and, for "implicit", the solve's relative residual.
     Raises ValueError on an unknown method.
@@ -1008,20 +1002,20 @@ def leader_gradient(
 
         def curvature(x):  # (H + λI) x. Only φ is asked for, so that autograd stops at the features
             product = flatten(differentiate(slope.dot(x), phi, retain_graph=True))
-            average([product])
+            average_([product])
             return product + damping * x
 
-        average([v])
+        average_([v])
         x, info["leader/cg_residual"] = conjugate_gradients(curvature, v, cg_iterations, cg_tolerance)
         correction = [-dx for dx in differentiate(slope.dot(x), theta)]  # -M x, one vector-Jacobian product
 
-    average(first_order + correction)
+    average_(first_order + correction)  # both lists, each tensor in place
     norm, correction_norm = nn.utils.get_total_norm(first_order), nn.utils.get_total_norm(correction)
     tiny = torch.finfo(norm.dtype).tiny
     scale = 1.0 if clamp is None else (clamp * norm / correction_norm.clamp_min(tiny)).clamp(max=1)
     total = [a + scale * b for a, b in zip(first_order, correction)]
     info["leader/correction_ratio"] = correction_norm / norm.clamp_min(tiny)
-    info["leader/correction_cosine"] = F.cosine_similarity(flatten(first_order), flatten(total), 0, tiny)
+    info["leader/correction_cosine"] = F.cosine_similarity(flatten(first_order), flatten(total), dim=0, eps=tiny)
     return total
 
 
@@ -1083,11 +1077,12 @@ def descend(optimizers: list, gradients: list[torch.Tensor], max_norm: float, **
     """One step of the players down their `gradients`, averaged over processes and clipped to the norm `max_norm`.
 
     Returns the norm before clipping. If it is not finite, raises FloatingPointError before the step, which names the
-    first tensor to blame. On a GPU, where a check means waiting, `mean_info` checks after the epochs.
+    first tensor to blame: for that alone are `players`, by role, in the order of `gradients`. On a GPU, where a check
+    means waiting, `mean_info` checks after the epochs.
     """
     gradient = flatten(gradients)
-    average([gradient])
-    norm = gradient.square().sum().sqrt()  # norm() of a million float32 is off by 1e-4 on a CPU
+    average_([gradient])
+    norm = gradient.square().sum().sqrt()  # norm() of millions of float32 is off by some 1e-5 on a CPU
     if gradient.is_cpu and not norm.isfinite():
         parameters = {f"{role}.{n}": p for role, player in players.items() for n, p in named_parameters(player).items()}
         require_finite({f"the parameter {name}": parameter for name, parameter in parameters.items()})
@@ -1132,7 +1127,7 @@ def mean_info(history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     Raises FloatingPointError if a loss or a gradient's norm is not finite.
     """
     table = torch.stack([torch.stack([info[name] for name in history[0]]) for info in history])
-    average([table])
+    average_([table])
     means = dict(zip(history[0], table.mean(0).tolist()))
     for name, mean in means.items():  # on a GPU the only check of each step (see descend)
         if name.endswith(("loss", "utility", "grad_norm")) and not np.isfinite(mean):
@@ -1343,8 +1338,7 @@ def evaluate_run(args: Args) -> dict:
 
 def report_evaluation(run_dir: Path, evaluation: dict) -> None:
     """Print the score, and write evaluation.json; an earlier one is kept under a number."""
-    games, mean, std = len(evaluation["returns"]), evaluation["mean"], evaluation["std"]
-    print(f"evaluation over {games} games: {mean:.1f} ± {std:.1f}")
+    print(f"evaluation over {len(evaluation['returns'])} games: {evaluation['mean']:.1f} ± {evaluation['std']:.1f}")
     write_json(run_dir / "evaluation.json", evaluation, keep=True)
 
 
@@ -1489,7 +1483,7 @@ def refuse_changes(run_dir: Path, args: Args) -> None:
     saved = read_args(run_dir)
     for field in dataclasses.fields(Args):
         old, new = getattr(saved, field.name), getattr(args, field.name)
-        if new not in (old, "") and field.name not in MAY_CHANGE:  # the folder's name may be left out
+        if new not in (old, "") and field.name not in MAY_CHANGE:  # "": --run-dir was left out
             name = flag(field.name)
             fail(f"{run_dir} was trained with {name} {old}, not {new}; leave out {name}")
 
@@ -1608,7 +1602,7 @@ def train(args: Args, stop: StopSignal) -> dict:
 
             try:
                 obs, games = collect_rollout(envs, obs, leader, follower, rollout, args.compile)
-                batch = make_batch(rollout, leader, args)
+                batch = make_batch(rollout, leader, my_args)
                 metrics = update(leader, follower, leader_optimizer, follower_optimizer, batch, my_args)
             except FloatingPointError as error:
                 last = run_dir / f"checkpoint-{progress['global_step']}.pt"
@@ -1644,7 +1638,7 @@ def train(args: Args, stop: StopSignal) -> dict:
                 if stopping or iteration + 1 == num_iterations:
                     break
                 envs.close()
-                envs = make_envs(my_args)  # as a resumed run has them: BipedalWalker keeps some state over a reset
+                envs = make_envs(my_args)  # as a resumed run has them: some (BipedalWalker) keep state over a reset
                 obs = restart(envs, args, global_step)
     envs.close()
     if dist.is_initialized():
@@ -1697,7 +1691,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
     """A user's mistake: one line on stderr (of each process that finds it), exit code 1, no traceback."""
     rank = int(os.environ.get("RANK", 0))  # torchrun's
     raise SystemExit(f"error: {message}" + (f" (process {rank})" if rank else ""))
@@ -1745,7 +1739,7 @@ def check_args(args: Args) -> Args:
                 fail(f"{flag(name)} must be finite")
     if args.distractors > 84:
         fail(f"--distractors {args.distractors} is more than the 84 rows of pixels of a frame")
-    args = check_game(args)
+    args = check_sprig_args(args)
     if args.seed >= 2**32:
         fail(f"--seed must be less than 2**32, not {args.seed}")
     if args.resume and args.evaluate:
@@ -1754,10 +1748,8 @@ def check_args(args: Args) -> Args:
         fail("--evaluate plays in one process; start it without torchrun")
     rollout_size = args.num_envs * args.num_steps
     if rollout_size % args.minibatch_size:
-        fail(
-            f"--minibatch-size {args.minibatch_size} does not divide the rollout of "
-            f"{args.num_envs} environments x {args.num_steps} steps = {rollout_size}"
-        )
+        product = f"{args.num_envs} environments x {args.num_steps} steps"
+        fail(f"--minibatch-size {args.minibatch_size} does not divide the rollout of {product} = {rollout_size}")
     if "WORLD_SIZE" in os.environ and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         fail("WORLD_SIZE is set, but not all that torchrun sets beside it: start with torchrun, or unset WORLD_SIZE")
     for name in ("num_envs", "minibatch_size"):
@@ -1788,8 +1780,8 @@ def check_args(args: Args) -> Args:
     return args
 
 
-def check_game(args: Args) -> Args:
-    """`check_args` for the flags of the game. Returns the arguments with what --paper-literal sets."""
+def check_sprig_args(args: Args) -> Args:
+    """`check_args` for the flags under SPRIG in `Args`. Returns the arguments with what --paper-literal sets."""
     if args.leader_gradient != "first-order" and args.update != "stackelberg":
         fail(f"--leader-gradient {args.leader_gradient} needs a leader that moves first: set --update stackelberg")
     no_loss, no_attention = args.update in ("joint", "stopped", "separate"), args.attention == "none"
@@ -1857,7 +1849,7 @@ def gather(mine) -> list:
     return everyone
 
 
-def average(tensors: list[torch.Tensor]) -> None:
+def average_(tensors: list[torch.Tensor]) -> None:
     """Replace tensors by their means over all processes; one process alone has them already."""
     if dist.is_initialized():
         flat = flatten(tensors)

@@ -123,7 +123,7 @@ def main(settings: Args) -> None:
     check(settings, "games", "threads")
     torch.set_num_threads(settings.threads)
     if settings.runs:
-        rows = [["agent", "return", "its blind copy's", "entropy", "information"]]
+        rows = [["agent", "return", "its blind copy's", "entropy", "mutual information"]]
         rows += [beside_its_blind_copy(run, settings) for run in settings.runs]
     else:
         rows = hold_each_action(settings)

@@ -7,8 +7,9 @@ Reads `<results>/<matrix>/<task>/<arm>_seed<n>.csv.gz` and `.json`, and from `<m
 the arms' titles and order (the first is the reference). Writes `<results>/<matrix>.png` and `<results>/scale.png`, and
 in the documents all that stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is
 
-- a matrix (its scores), a matrix and "seeds" (every seed's final score), "comparison" (of final scores) or "comparison
-  over training" (of their means);
+- a matrix (its scores), a matrix and "seeds" (every seed's final score), "comparison" (of final scores), "comparison
+  over training" (of their means), "contrasts" (sums and differences of arms that its `[contrasts]` name) or "thirds"
+  (scores at a third of the steps);
 - "runs": how much of each matrix has been run;
 - "speed...", "scale...": what speed.py and scale.py left in NAME.csv, under the first line of NAME.md; with "summary"
   only the first table of it;
@@ -27,12 +28,15 @@ The same for every matrix:
 - Arms are judged by the final score. The mean over training, tested apart, is for tasks that have a highest return.
 - Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own. An arm
   with `beginning_of` is made of the longer runs of that matrix, cut at this one's steps, and has no evaluation.
-- Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and nominal 95 % intervals
-  by bootstrap over seeds; from 5 on, tests as well, two-sided, corrected after Holm over the arms of a task.
-- A ratio to the reference has no interval where the reference's mean may be zero (see `may_vanish`).
-- A bootstrap of so few seeds makes its intervals too narrow: of normal scores, one for a mean holds the truth in some
-  75 % of cases with 3 seeds and 85 % with 5, one for the interquartile mean over tasks in some 90 %
-  (tests/test_plot.py). Welch's interval and that of Hedges' g (noncentral t) are not by bootstrap.
+- Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and 95 % intervals; from 5
+  on, tests as well, two-sided, corrected after Holm over the arms of a task.
+- On a single task, intervals of differences are Welch's, those of ratios Fieller's with Welch's degrees of freedom, so
+  that they hold 1 where Welch's p, uncorrected, is above 0.05; those of Hedges' g are by noncentral t. Contrasts are
+  Welch's, too, of any number of arms, and not corrected for their number.
+- Bands of curves and what goes across tasks are by bootstrap, which so few seeds make too narrow: of normal scores, an
+  interval for a mean holds the truth in some 75 % of cases with 3 seeds and 85 % with 5, one for the interquartile mean
+  over tasks in some 90 % (tests/test_plot.py).
+- A ratio has no interval where the reference's mean may be zero (see `ratio_interval` and `may_vanish`).
 - Across tasks (Agarwal et al. 2021, arXiv 2108.13264): rliable's interquartile mean, probability of improvement and
   stratified bootstrap, over the seeds that an arm has on every task compared. Scores are scaled so that 1 is the
   reference's mean on the task and 0 a random agent's where it is known, else a return of 0; the reference's mean is
@@ -120,6 +124,7 @@ class Matrix:
     lengths: dict[str, int]  # arm -> agent steps asked for
     origins: dict[str, str]  # arm -> the matrix whose runs begin with it (see `beginning_of` in run.py)
     saturated: list[str]  # of the tasks, those on which most seeds of every arm reach the highest return
+    contrasts: dict[str, list[tuple[int, str]]]  # title -> (sign, arm, or matrix/arm) of each term
 
 
 @dataclass
@@ -157,11 +162,21 @@ def read_matrix(path: Path) -> Matrix:
         origins = {arm: own["beginning_of"] for arm, own in record["arms"].items() if "beginning_of" in own}
         tasks = [task.replace("/", "-") for task in record["tasks"]]
         saturated = [task.replace("/", "-") for task in record.get("saturated", [])]
-        return Matrix(path.stem, record["question"], tasks, record["seeds"], titles, lengths, origins, saturated)
+        contrasts = {title: terms(text) for title, text in record.get("contrasts", {}).items()}
+        seeds, question = record["seeds"], record["question"]
+        return Matrix(path.stem, question, tasks, seeds, titles, lengths, origins, saturated, contrasts)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f"{path} is no TOML file: {error}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         fail(f"{path} needs question, tasks, seeds and an [arms.<label>] table per arm: {error!r}")
+
+
+def terms(text: str) -> list[tuple[int, str]]:
+    """ "sprig - other/ppo" -> [(1, "sprig"), (-1, "other/ppo")]. Raises ValueError on anything else."""
+    words, name = f"+ {text}".split(), "(WORD/)?WORD".replace("WORD", "[a-z0-9][a-z0-9-]*")
+    if len(words) % 2 or not set(words[::2]) <= {"+", "-"} or not all(re.fullmatch(name, word) for word in words[1::2]):
+        raise ValueError(f"contrast {text!r} is not of the form: arm - arm + matrix/arm")
+    return [(1 if sign == "+" else -1, name) for sign, name in zip(words[::2], words[1::2])]
 
 
 def read_run(path: Path) -> Run:
@@ -259,6 +274,36 @@ def may_vanish(reference: np.ndarray) -> bool:
     return bool((draws.mean(-1) <= 0).mean() > VANISHING)
 
 
+def ratio_interval(x: np.ndarray, reference: np.ndarray) -> tuple[float, float] | None:
+    """95 % interval of the ratio of means (Fieller 1954), with Welch's variances and degrees of freedom: all ratios r
+    for which the mean of x - r · reference is not significantly different from 0. None if the reference's mean is not
+    significantly different from 0, as then any ratio may be.
+    """
+    a, b = (sample.var(ddof=1) / len(sample) for sample in (x, reference))
+    if a + b == 0:
+        return (x.mean() / reference.mean(),) * 2
+    freedom = (a + b) ** 2 / (a**2 / (len(x) - 1) + b**2 / (len(reference) - 1))
+    t2, numerator, denominator = stats.t.ppf(0.975, freedom) ** 2, x.mean(), reference.mean()
+    leading = denominator**2 - t2 * b
+    if leading <= 0:
+        return None
+    # (numerator - r · denominator)² <= t² (a + r² b), a quadratic in r
+    root = np.sqrt((numerator * denominator) ** 2 - leading * (numerator**2 - t2 * a))
+    return (numerator * denominator - root) / leading, (numerator * denominator + root) / leading
+
+
+def contrast(samples: list[tuple[int, np.ndarray]]) -> tuple[float, float, float]:
+    """Sum of the means of (sign, scores), half the width of its 95 % interval, and its two-sided p-value, all after
+    Welch and Satterthwaite; NaN for both where nothing varies.
+    """
+    estimate = sum(sign * x.mean() for sign, x in samples)
+    variances, degrees = np.array([(x.var(ddof=1) / len(x), len(x) - 1) for _, x in samples]).T
+    if variances.sum() == 0:
+        return estimate, np.nan, np.nan
+    error, freedom = np.sqrt(variances.sum()), variances.sum() ** 2 / (variances**2 / degrees).sum()
+    return estimate, stats.t.ppf(0.975, freedom) * error, 2 * stats.t.sf(abs(estimate) / error, freedom)
+
+
 def mean_difference(x: np.ndarray, reference: np.ndarray, axis: int = -1) -> np.ndarray:
     return x.mean(axis) - reference.mean(axis)
 
@@ -309,12 +354,17 @@ def holm(p: list[float]) -> np.ndarray:
 def relative_iqm(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Interquartile mean (...) of x over the reference's mean; scores (..., seeds, tasks), 0 at the zero of each task.
 
-    Like the two below it is rliable's, for all resamples at once (tests/test_plot.py compares).
+    Like the three below it is rliable's, for all resamples at once (tests/test_plot.py compares).
     """
     relative = x / reference.mean(-2, keepdims=True)
     scores = np.sort(relative.reshape(*relative.shape[:-2], -1))
     quarter = scores.shape[-1] // 4
     return scores[..., quarter : scores.shape[-1] - quarter].mean(-1)
+
+
+def relative_mean(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """As above, the mean of all."""
+    return (x / reference.mean(-2, keepdims=True)).mean((-2, -1))
 
 
 def improvement(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -411,8 +461,8 @@ def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
             if base.mean() > 0:
                 ratio = f"{x.mean() / base.mean():.2f}"
                 if seeds >= FEW:
-                    low, high = interval(lambda a, b: a.mean(-1) / b.mean(-1), x, base)
-                    ratio += f" {NO_INTERVAL}" if may_vanish(base) else f" [{low:.2f}, {high:.2f}]"
+                    ends = ratio_interval(x, base)
+                    ratio += f" {NO_INTERVAL}" if ends is None else " [{:.2f}, {:.2f}]".format(*ends)
             row = [task, f"{steps:,}", matrix.titles[arm], f"{len(x)} and {len(base)}", ratio]
             row += [number(mean_difference(x, base)), *["too few seeds"] * 3]
             if seeds >= TESTABLE:
@@ -461,10 +511,10 @@ def aggregate(matrix: Matrix, runs: dict, score: str) -> tuple[list[list], list[
         for tasks in [list(scores)] + [unsaturated] * (0 < len(unsaturated) < len(scores)):
             x, base = (np.array([[scores[task][i][s] for task in tasks] for s in shared[i]]) for i in (0, 1))
             row = [matrix.titles[arm], ", ".join(tasks), f"{len(x)} and {len(base)}"]
-            for statistic in (relative_iqm, improvement):
+            for statistic in (relative_iqm, relative_mean, improvement):
                 if min(len(x), len(base)) < FEW:
                     row.append(f"{statistic(x, base):.2f} (too few seeds for an interval)")
-                elif statistic is relative_iqm and any(map(may_vanish, base.T)):
+                elif statistic is not improvement and any(map(may_vanish, base.T)):
                     row.append(f"{statistic(x, base):.2f} {NO_INTERVAL}")
                 else:
                     row.append("{:.2f} [{:.2f}, {:.2f}]".format(*across_tasks(x, base, statistic)))
@@ -482,23 +532,81 @@ def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
     seeds = {tuple(map(int, re.findall(r"\d+", row[3]))) for row in rows}
     rows, left_out = aggregate(matrix, runs, score)
     if rows:
-        head = ["arm", "tasks", "seeds", "interquartile mean", f"probability of improvement over {reference}"]
+        head = ["arm", "tasks", "seeds", "interquartile mean", "mean", f"probability of improvement over {reference}"]
         head.append(f"interquartile mean of {reference} itself")
         zeros = [f"{task} {RANDOM[task]}" for task in runs if task in RANDOM]
         zero = f"a random agent's ({', '.join(zeros)})" if zeros else "a return of 0"
-        text += f"\n\nAcross tasks, a score of 1 is {reference}'s mean and 0 is {zero}:\n\n{render(head, rows)}"
-    text += (
-        f"\n\nIn brackets nominal 95 % intervals; p-values are corrected after Holm; tests from {TESTABLE} seeds on."
-    )
+        where = "Across tasks, where"
+        if len(runs) == 1:
+            where, head, rows = "Where", head[:1] + head[2:], [row[:1] + row[2:] for row in rows]
+        text += f"\n\n{where} a score of 1 is {reference}'s mean and 0 is {zero}:\n\n{render(head, rows)}"
+    text += f"\n\nIn brackets 95 % intervals; p-values are corrected after Holm; tests from {TESTABLE} seeds on."
     if max(map(min, seeds)) >= TESTABLE:
         n, m = max(seeds, key=min)
         floor = 2 / min(math.comb(n + m, n), PERMUTATIONS + 1)  # what was seen counts among those drawn
         floor = p_value(floor) if floor >= 0.001 else f"{floor:.4f}"
         text += f" Permutations of {n} and {m} seeds cannot give a p under {floor} before the correction."
     if NO_INTERVAL in text:
-        text += f" No interval of a ratio where {reference}'s mean may be zero: where it is that or less in more than"
-        text += f" {VANISHING:.1%} of the resamples."
+        text += f" No interval of a ratio where {reference}'s mean may be zero."
     return text + (f" Not in it: {', '.join(left_out)}." if left_out else "")
+
+
+def contrasts_table(matrix: Matrix, matrices: dict[str, Matrix], results: dict[str, dict]) -> str:
+    """What the matrix's `[contrasts]` come to on each task, where all their terms have runs of equally many steps."""
+    rows = []
+    for title, parts in matrix.contrasts.items():
+        names = [(name if "/" in name else f"{matrix.name}/{name}").split("/") for _, name in parts]
+        for origin, arm in names:
+            if origin not in matrices or arm not in matrices[origin].titles:
+                fail(f"matrix {matrix.name} has a contrast of {origin}/{arm}, but no matrix {origin} has such an arm")
+        for task in matrix.tasks:
+            found = []
+            for origin, arm in names:
+                groups = results.get(origin, {}).get(task, {})
+                found.append({steps: group for (steps, other), group in groups.items() if other == arm})
+            shared = set.intersection(*map(set, found))
+            if not shared:
+                continue
+            groups = [group[max(shared)] for group in found]
+            row = [title, task, f"{max(shared):,}", ", ".join(str(len(group)) for group in groups)]
+            for score in ("final", "area", "evaluation"):
+                known = [[getattr(run, score) for run in group] for group in groups]
+                samples = [np.array([x for x in sample if x is not None and np.isfinite(x)]) for sample in known]
+                if min(map(len, samples)) < TESTABLE:
+                    row += ["too few seeds" if all(map(len, samples)) else "not run", ""]
+                    continue
+                estimate, half, p = contrast([(sign, x) for (sign, _), x in zip(parts, samples)])
+                if np.isnan(p):
+                    row += [number(estimate), "no spread"]
+                else:
+                    row += [f"{number(estimate)} [{number(estimate - half)}, {number(estimate + half)}]", p_value(p)]
+            rows.append(row)
+    if not rows:
+        return "Not run yet, or nothing to contrast."
+    head = ["difference of means", "task", "agent steps", "seeds", "return, last 10 %", "p"]
+    text = render([*head, "mean over training", "p", "evaluation", "p"], rows)
+    return f"{text}\n\nIn brackets 95 % intervals; they and p are Welch's, not corrected for their number."
+
+
+def thirds_table(matrix: Matrix, runs: dict) -> str:
+    """Each arm at a third of its steps beside the reference at the end of as many."""
+    reference, rows = next(iter(matrix.titles)), []
+    for task, groups in runs.items():
+        for (steps, arm), group in groups.items():
+            if arm != reference and (steps, reference) in groups:
+                early = np.array([run.curve[POINTS // 3 - 1] for run in group])
+                late = [run.final for run in groups[steps, reference]]
+                rows.append([task, f"{steps:,}", matrix.titles[arm], summary(list(early)), summary(late)])
+    if not rows:
+        return "Not run yet."
+    head = [
+        "task",
+        "agent steps",
+        "arm",
+        "return at a third of the steps",
+        f"{matrix.titles[reference]}'s at their end",
+    ]
+    return render(head, rows)
 
 
 def runs_table(matrices: dict[str, Matrix], results: dict[str, dict]) -> str:
@@ -745,15 +853,17 @@ def main(args: Args) -> None:
     for name, matrix in matrices.items():
         runs, others = read_runs(args.results / name, matrix)
         compared = {"final": f"{name} comparison", "area": f"{name} comparison over training"}
-        for table in (name, f"{name} seeds", *compared.values()):
+        for table in (name, f"{name} seeds", f"{name} thirds", *compared.values()):
             tables[table] = f"Not run yet: `{command(matrix)}`."
         if runs:
             results[name] = runs
             tables[name] = scores_table(matrix, runs, others)
             tables[f"{name} seeds"] = seeds_table(matrix, runs)
+            tables[f"{name} thirds"] = thirds_table(matrix, runs)
             for score, table in compared.items():
                 tables[table] = comparison_table(matrix, runs, score)
             figures[args.results / f"{name}.png"] = draw(matrix, runs, args.results)
+    tables |= {f"{name} contrasts": contrasts_table(matrix, matrices, results) for name, matrix in matrices.items()}
     tables["runs"] = runs_table(matrices, results)
     for path in sorted([*args.results.glob("speed*.csv"), *args.results.glob("scale*.csv")]):
         measured = speed if path.stem.startswith("speed") else scale

@@ -11,7 +11,8 @@ A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`,
 compared with. An arm with `beginning_of`, the name of another matrix, is not played here: its results are the first
 steps of that matrix's longer runs of the same label, as they are what a shorter run would have been, but for games
 restarted at other checkpoints (and so its step size may not be annealed). `[peers]`, label = title, are programs of
-others that have results in the matrix's folder, made by benchmark/cleanrl.py. All is checked before anything starts.
+others that have results in the matrix's folder, made by benchmark/cleanrl.py. `[contrasts]`, title = "arm - arm + ...",
+are what plot.py shall test beside that (an arm of another matrix: matrix/arm). All is checked before anything starts.
 
 Each run is the ordinary script as a process of its own, in `<runs>/<matrix>/<task>__<arm>__<seed>`, its output in a
 .log beside that. Once it is finished it is exported as benchmark/collect.py says. Call the same command again as often
@@ -57,9 +58,9 @@ from collect import LABEL, export, fail, hardware, result_path, write
 PARTS = ("Args", "check_args", "env_protocol", "checkpoint_paths", "load_checkpoint", "MAY_CHANGE", "main")
 OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate", "threads")  # which this program sets (threads: cpus)
 TOP_KEYS = {"question": str, "tasks": list, "seeds": list, "cpus": int, "gpus": float, "flags": dict, "arms": dict}
-TOP_KEYS |= {"saturated": list, "peers": dict}  # which plot.py reads
+TOP_KEYS |= {"saturated": list, "peers": dict, "contrasts": dict}  # which plot.py reads
 ARM_KEYS = {"title": str, "script": str, "flags": dict, "beginning_of": str}
-OPTIONAL = ("cpus", "gpus", "flags", "beginning_of", "saturated", "peers")
+OPTIONAL = ("cpus", "gpus", "flags", "beginning_of", "saturated", "peers", "contrasts")
 
 
 @dataclass

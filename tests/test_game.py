@@ -485,8 +485,18 @@ def test_every_kind_of_attention_steps(attention):
     info = sprig.update(leader, follower, *optimizers, batch, dataclasses.replace(args, minibatch_size=4))
     assert all(np.isfinite(list(info.values())))
     pictures = leader.pictures(batch.obs[:2])
+    assert bool(pictures) == (args.attention != "none")
     for picture in pictures.values():
         assert picture.dtype == np.uint8 and picture.shape[-1] == 3
+
+
+def test_frames_of_floats_are_read_and_left_as_they_are(script):
+    """Those of a fork's environment; the scripts' own are bytes."""
+    leader, follower, *_ = build(script, script.Args())
+    frames = random_batch(script, leader, follower, 2).obs
+    floats = frames.float()
+    torch.testing.assert_close(leader(floats), leader(frames))
+    assert torch.equal(floats, frames.float())
 
 
 def test_paper_literal_sets_every_literal_reading():

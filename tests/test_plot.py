@@ -223,6 +223,38 @@ def test_the_bootstrap_of_an_interquartile_mean_over_tasks_is_a_little_too_narro
     assert share == pytest.approx(0.9, abs=0.035)
 
 
+def test_interval_of_a_ratio_holds_the_truth_and_agrees_with_welch():
+    """Fieller's, for normal samples of unequal size and variance."""
+    rng, held = np.random.default_rng(3), []
+    for _ in range(2000):
+        x, reference = rng.normal(12, 4, 5), rng.normal(10, 2, 7)
+        low, high = plot.ratio_interval(x, reference)
+        held.append(low <= 1.2 <= high)
+        assert low < x.mean() / reference.mean() < high
+        assert (low <= 1 <= high) == (stats.ttest_ind(x, reference, equal_var=False).pvalue >= 0.05)
+    assert 0.93 < np.mean(held) < 0.97
+    assert plot.ratio_interval(rng.normal(5, 1, 5), rng.normal(0.1, 1, 5)) is None
+    assert plot.ratio_interval(np.full(3, 6.0), np.full(3, 4.0)) == (1.5, 1.5)
+
+
+def test_contrast_of_two_is_welch_and_that_of_four_holds_the_truth():
+    rng, held = np.random.default_rng(4), []
+    x, y = rng.normal(1, 1, 5), rng.normal(0, 3, 8)
+    welch = stats.ttest_ind(x, y, equal_var=False)
+    estimate, half, p = plot.contrast([(1, x), (-1, y)])
+    assert (estimate - half, estimate + half) == pytest.approx(tuple(welch.confidence_interval()))
+    assert p == pytest.approx(welch.pvalue)
+    for _ in range(2000):
+        samples = [
+            (sign, rng.normal(level, spread, 5))
+            for sign, level, spread in ((1, 3, 1), (-1, 2, 2), (1, 0, 3), (-1, 5, 1))
+        ]
+        estimate, half, p = plot.contrast(samples)
+        held.append(abs(estimate + 4) <= half)
+    assert 0.93 < np.mean(held) < 0.98
+    assert plot.contrast([(1, np.full(5, 7.0)), (-1, np.full(5, 4.0))])[0] == 3
+
+
 def test_probability_of_improvement():
     low, high = np.array([[1.0], [2], [3]]), np.array([[4.0], [5]])
     assert plot.improvement(high, low) == 1 and plot.improvement(low, high) == 0 and plot.improvement(low, low) == 0.5
@@ -286,8 +318,8 @@ def test_single_values_then_intervals_then_tests_as_seeds_grow(made):
     (row,) = (row for row in rows if row[2:4] == ["A1", "5 and 5"])
     assert row[4].startswith("1.48 [") and row[5].startswith("50.0 [")
     assert row[7] == "< 0.001" and row[8] == "0.016"  # 2 of 252, and two arms are compared
-    (row,) = (row for row in rows if row[:2] == ["A1", "Task-v1"])
-    assert row[3].startswith("1.48 [") and row[4] == "1.00 [1.00, 1.00]"
+    (row,) = (row for row in rows if row[:2] == ["A1", "5 and 5"])
+    assert row[2].startswith("1.48 [") and row[3].startswith("1.48 [") and row[4] == "1.00 [1.00, 1.00]"
 
 
 def test_every_seed_of_an_arm_stands_in_a_row_from_low_to_high(made):
@@ -306,7 +338,7 @@ def test_a_ratio_to_what_may_be_zero_has_no_interval(made):
     rows = {row[2]: row for row in rows_of(made) if len(row) == 9 and row[0] == "Task-v1"}
     assert rows["A1"][4].endswith(" (no interval)") and "[" not in rows["A1"][4] and "[" in rows["A1"][5]
     page = made.documents[0].read_text()
-    assert page.count("(no interval)") == 2, "neither has the interquartile mean"
+    assert page.count("(no interval)") == 3, "neither has the interquartile mean, or the mean"
     assert "No interval of a ratio where PPO's mean may be zero" in page
     assert plot.may_vanish(np.array([1.0, -1, 1, 1, 1])) and not plot.may_vanish(np.array([1.0, 2, 1, 1, 1]))
 
@@ -341,7 +373,7 @@ def test_who_learns_later_is_behind_over_training_alone(made):
     made.documents[0].write_text("<!-- table: m comparison over training -->\n<!-- end -->\n")
     rows = rows_of(made)
     assert [row[4] for row in rows[:2]] == ["mean over training / PPO's", "0.75 [0.75, 0.75]"]
-    assert rows[3][3].startswith("0.75 [") and rows[3][4].startswith("0.00 [")  # across tasks
+    assert rows[3][2].startswith("0.75 [") and rows[3][4].startswith("0.00 [")  # with the reference's mean as 1
     made.documents[0].write_text("<!-- table: m comparison -->\n<!-- end -->\n")
     assert [row[4] for row in rows_of(made)[:2]] == ["final return / PPO's", "1.00 [1.00, 1.00]"]
 
@@ -351,6 +383,41 @@ def test_only_equal_steps_are_compared(made):
     put(made.results / "m" / "Task-v1", "a1", 1, 100, steps=500)
     assert ["Task-v1", "500", "A1", "1", "100", "100", "100"] in rows_of(made)
     assert "Nothing can be compared with PPO yet" in made.documents[0].read_text()
+
+
+def test_contrasts_add_and_subtract_arms_of_one_matrix_or_two(made):
+    """Of equally many steps, over all tasks on which every term has been run."""
+    matrix, twin = made.matrices / "m.toml", made.matrices / "twin.toml"
+    twin.write_text(MATRIX)
+    contrasts = (
+        '[contrasts]\n"A1 less PPO" = "a1 - ppo"\n"in both" = "a1 - ppo + twin/ppo - twin/a1"\n"not run" = "a1 - a2"\n'
+    )
+    matrix.write_text(MATRIX + contrasts)
+    for seed in range(1, 6):
+        for name, arm, level in (("m", "ppo", 100), ("m", "a1", 150), ("twin", "ppo", 10), ("twin", "a1", 20)):
+            put(made.results / name / "Task-v1", arm, seed, level + 10 * seed)
+        put(made.results / "m" / "other-Task-v1", "a1", seed, 1, steps=500)  # not as many steps as
+        put(made.results / "m" / "other-Task-v1", "ppo", seed, 1)
+    made.documents[0].write_text("<!-- table: m contrasts -->\n<!-- end -->\n")
+    (_, pair, both) = rows_of(made)
+    assert pair[:4] == ["A1 less PPO", "Task-v1", "1,000", "5, 5"] and pair[4].startswith("50.0 [26.9, 73.1")
+    assert both[:4] == ["in both", "Task-v1", "1,000", "5, 5, 5, 5"] and both[4].startswith("40.0 [10.0, 70.0")
+    for text in ("a1 -", "a1 ppo", "a1 - A2", "- - a1"):
+        matrix.write_text(MATRIX + f'[contrasts]\nbad = "{text}"\n')
+        with pytest.raises(SystemExit, match="is not of the form: arm - arm"):
+            plot.main(made)
+    matrix.write_text(MATRIX + '[contrasts]\nbad = "a1 - twin/a7"\n')
+    with pytest.raises(SystemExit, match="contrast of twin/a7, but no matrix twin has such an arm"):
+        plot.main(made)
+
+
+def test_thirds_stand_beside_the_references_end(made):
+    for seed in (1, 2, 3):
+        put(made.results / "m" / "Task-v1", "ppo", seed, 100)
+        put(made.results / "m" / "Task-v1", "a1", seed, 200, late=True)
+    made.documents[0].write_text("<!-- table: m thirds -->\n<!-- end -->\n")
+    (_, row) = rows_of(made)
+    assert row[:3] == ["Task-v1", "1,000", "A1"] and float(row[3].split()[0]) < 200 and row[4] == "100 ± 0.0"
 
 
 def test_an_arm_can_be_the_beginning_of_the_longer_runs_of_another_matrix(made):
@@ -378,7 +445,7 @@ def test_tasks_are_joined_by_the_seeds_that_finished_all_of_them(made):
                 put(made.results / "m" / task, "a1", seed, 50)
     (row,) = (row for row in rows_of(made) if row[:2] == ["A1", "Task-v1, other-Task-v1"])
     too_few = "(too few seeds for an interval)"
-    assert row[2:] == ["2 and 3", f"0.50 {too_few}", f"0.00 {too_few}", "1.00"]
+    assert row[2:] == ["2 and 3", f"0.50 {too_few}", f"0.50 {too_few}", f"0.00 {too_few}", "1.00"]
 
 
 def test_saturated_tasks_are_left_out_of_a_second_row(made):
