@@ -1740,6 +1740,8 @@ def check_args(args: Args) -> Args:
     if args.distractors > 84:
         fail(f"--distractors {args.distractors} is more than the 84 rows of pixels of a frame")
     args = check_sprig_args(args)
+    if args.threads > (most := max(256, os.cpu_count() or 1)):  # thousands end in a crash
+        fail(f"--threads {args.threads} is more than {most}; this machine has {os.cpu_count()} cores")
     if args.seed >= 2**32:
         fail(f"--seed must be less than 2**32, not {args.seed}")
     if args.resume and args.evaluate:

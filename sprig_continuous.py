@@ -308,8 +308,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             env = gym.make(name, **options)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         package = next((EXTRAS[module] for module in EXTRAS if family.startswith(module)), None)
-        mend = f"pip install {package}" if package else one_line(error)
-        fail(f"--env-id {args.env_id} needs a package that is not installed: {mend}")
+        mend = f"pip install {package} ({one_line(error)})" if package else one_line(error)
+        fail(f"--env-id {args.env_id} needs a package that cannot be imported: {mend}")
     except gym.error.Error as error:
         near = difflib.get_close_matches(name, gym.registry.keys(), n=1)
         fail(f"--env-id {args.env_id}: {one_line(error)}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -1930,6 +1930,8 @@ def check_args(args: Args) -> Args:
             if value == np.inf:
                 fail(f"{flag(name)} must be finite")
     args = check_sprig_args(args)
+    if args.threads > (most := max(256, os.cpu_count() or 1)):  # thousands end in a crash
+        fail(f"--threads {args.threads} is more than {most}; this machine has {os.cpu_count()} cores")
     if args.seed >= 2**32:
         fail(f"--seed must be less than 2**32, not {args.seed}")
     if args.resume and args.evaluate:

@@ -109,6 +109,7 @@ BAD = {
     "too short": ({"total_timesteps": 2047}, "less than one rollout"),
     "nothing to normalise over": ({"norm_adv": "minibatch", "minibatch_size": 1}, "cannot normalise over a single"),
     "seed too large": ({"seed": 2**40}, "--seed must be less than"),
+    "too many threads": ({"threads": 100_000}, "--threads 100000 is more than"),
     "no computer": ({"device": "meta"}, "is not a CPU or a GPU"),
     "no such device": ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
     "nonsense device": ({"device": "abacus"}, "--device abacus cannot be used"),
