@@ -71,7 +71,7 @@ class Args:
     """distance from the fixed point at which the iteration may stop"""
     max_nodes: int = 0
     """search nodes that a whole-game problem (one θ, one φ) may take (0: 10 000, fewer where states are many,
-    and a quarter of that for one perception alone)"""
+    and a quarter of that or less for one perception alone)"""
     seed: int = 1
     """seed of the random pairs and starts"""
     run_dir: str = ""

@@ -241,7 +241,6 @@ def main(args: Args) -> tuple[Path, Path]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:

@@ -3,9 +3,10 @@
     python benchmark/gait.py RUN_DIR ... --output benchmark/results/gait_halfcheetah.csv
 
 The body's pitch is entry 1 of the observation; its cosine is negative where the back points down. Per run: the mean
-return of so many whole games (actions sampled, as in evaluation; seeds of its own), and the share of their steps on the
-back, over all games and in the game that has the least. An agent runs on its feet if it spends less than half of its
-steps on its back. How many of an arm's do is compared with the first arm's number: name that one's runs first.
+return of so many whole games (actions sampled, as in evaluation; other seeds than evaluation's), and the share of
+their steps on the back, over all games and in the game that has the least. An agent runs on its feet if it spends less
+than half of its steps on its back. How many of an arm's do is compared with the first arm's number: name that one's
+runs first.
 """
 
 import dataclasses
@@ -68,6 +69,8 @@ def move(run: Path, settings: Args) -> list[str]:
 def over_arms(rows: list[list[str]]) -> list[list[str]]:
     """The table with one row for all runs of an arm. Fisher's exact test, two-sided, not corrected for their number."""
     arms = {}
+    if len(rows[0]) != 4:
+        fail("a table of gait.py has four columns")
     for agent, episodic_return, share, _ in rows[1:]:
         arms.setdefault(without_seed(agent), []).append((float(share), float(episodic_return)))
     columns = [f"{who}: {what}" for who in ("those", "all others") for what in ("share of steps on the back", "return")]

@@ -56,7 +56,7 @@ def prepare(name: str, cost: Args):
     envs = script.make_envs(args)
     leader = script.Leader(envs.single_observation_space, args)
     follower = script.Follower(leader.num_features, envs.single_action_space)
-    optimizers = [torch.optim.Adam(p.parameters(), args.learning_rate, eps=1e-5) for p in (leader, follower)]
+    optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
     obs = script.restart(envs, args, 0)
     for transitions in (cost.warm_up, size):
         args = replace(args, num_steps=transitions // args.num_envs)
@@ -73,16 +73,16 @@ def prepare(name: str, cost: Args):
     return script, args, (leader, follower, *optimizers), minibatches
 
 
-def own_copy(agent):
-    """Players and optimizers that nobody else moves."""
-    leader, follower, *optimizers = copy.deepcopy(agent)  # in one call, so that the copies belong together
-    return leader, follower, *optimizers
+def own_copy(script, args, agent):
+    """Players and optimizers that nobody else moves; the optimizers begin anew."""
+    leader, follower = copy.deepcopy(agent[:2])
+    return leader, follower, *(script.make_optimizer(player, args) for player in (leader, follower))
 
 
 def step_times(name: str, cost: Args) -> dict[str, list[float]]:
     """Seconds of each variant's steps."""
     script, args, agent, minibatches = prepare(name, cost)
-    agents = {variant: own_copy(agent) for variant in VARIANTS}
+    agents = {variant: own_copy(script, args, agent) for variant in VARIANTS}
     seconds = {variant: [] for variant in VARIANTS}
     for minibatch in [minibatches[0], *minibatches]:  # the first one twice: it warms up, and is then left out
         for variant, changes in VARIANTS.items():
@@ -125,7 +125,7 @@ def corrections(name: str, cost: Args) -> dict[str, tuple[float, float, str]]:
     script, args, agent, minibatches = prepare(name, cost)
     table = {}
     for variant, changes in SCALES.items():
-        own, infos = own_copy(agent), []
+        own, infos = own_copy(script, args, agent), []
         for minibatch in minibatches:
             infos.append(script.stackelberg_step(*own, minibatch, replace(args, **changes)))
         ratio, cosine = (

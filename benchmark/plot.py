@@ -28,14 +28,16 @@ The same for every matrix:
 - Arms are judged by the final score. The mean over training, tested apart, is for tasks that have a highest return.
 - Runs are compared at equal steps only: runs of another length are a row, a line and a comparison of their own. An arm
   with `beginning_of` is made of the longer runs of that matrix, cut at this one's steps, and has no evaluation.
-- Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and 95 % intervals; from 5
-  on, tests as well, two-sided, corrected after Holm over the arms of a task.
+- Under 3 seeds, single values and single lines; from 3 on, mean, standard deviation (n - 1) and 95 % intervals of
+  means, ratios and what goes across tasks; from 5 on, those of differences and effects as well, and tests, two-sided,
+  corrected after Holm over the arms of a task.
 - On a single task, intervals of differences are Welch's, those of ratios Fieller's with Welch's degrees of freedom, so
   that they hold 1 where Welch's p, uncorrected, is above 0.05; those of Hedges' g are by noncentral t. Contrasts are
   Welch's, too, of any number of arms, and not corrected for their number.
-- Bands of curves and what goes across tasks are by bootstrap, which so few seeds make too narrow: of normal scores, an
-  interval for a mean holds the truth in some 75 % of cases with 3 seeds and 85 % with 5, one for the interquartile mean
-  over tasks in some 90 % (tests/test_plot.py).
+- By bootstrap are bands of curves and the second part of a comparison, scores across tasks (or on one task, but with a
+  zero). So few seeds make such intervals too narrow: of normal scores, one for a mean holds the truth in some 75 % of
+  cases with 3 seeds and 85 % with 5, also over tasks, one for an interquartile mean over tasks in some 90 % with 5
+  (tests/test_plot.py). Where a ratio has Fieller's as well, trust that one.
 - A ratio has no interval where the reference's mean may be zero (see `ratio_interval` and `may_vanish`).
 - Across tasks (Agarwal et al. 2021, arXiv 2108.13264): rliable's interquartile mean, probability of improvement and
   stratified bootstrap, over the seeds that an arm has on every task compared. Scores are scaled so that 1 is the
@@ -159,6 +161,8 @@ def read_matrix(path: Path) -> Matrix:
         flags = {arm: record.get("flags", {}) | settings.get("flags", {}) for arm, settings in record["arms"].items()}
         lengths = {arm: int(own.get("total-timesteps", 0)) for arm, own in flags.items()}
         lengths |= dict.fromkeys(record.get("peers", {}), int(record.get("flags", {}).get("total-timesteps", 0)))
+        if not all(lengths.values()):
+            raise ValueError("total-timesteps is not set for every arm")
         origins = {arm: own["beginning_of"] for arm, own in record["arms"].items() if "beginning_of" in own}
         tasks = [task.replace("/", "-") for task in record["tasks"]]
         saturated = [task.replace("/", "-") for task in record.get("saturated", [])]
@@ -168,7 +172,7 @@ def read_matrix(path: Path) -> Matrix:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f"{path} is no TOML file: {error}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        fail(f"{path} needs question, tasks, seeds and an [arms.<label>] table per arm: {error!r}")
+        fail(f"{path} is no matrix (question, tasks, seeds, an [arms.<label>] table per arm, ...): {error!r}")
 
 
 def terms(text: str) -> list[tuple[int, str]]:
@@ -206,13 +210,14 @@ def without_pauses(games: np.ndarray) -> np.ndarray:
     """(games,) seconds at which each game ended, as if the run had never been suspended.
 
     A minute or more between two rollouts' ends at less than a tenth of the run's median speed is taken for a pause, and
-    replaced by what so many steps take at that speed.
+    replaced by what so many steps take at that speed; but not the first rollout, in which --compile makes the kernels.
     """
     times, last, inverse = np.unique(games[::-1, 1], return_index=True, return_inverse=True)
     steps, seconds = np.diff(games[::-1, 0][last], prepend=0), np.diff(times, prepend=0)  # of each rollout with games
     paces = seconds / steps.clip(1)  # seconds per step
     typical = np.median(paces) if len(paces) else 0.0
     paused = (seconds >= 60) & (paces > 10 * typical)
+    paused[:1] = False
     return np.where(paused, typical * steps, seconds).cumsum()[inverse][::-1]
 
 
@@ -390,7 +395,7 @@ def across_tasks(x: np.ndarray, reference: np.ndarray, statistic: Callable) -> t
 def number(x: float | None) -> str:
     if x is None:
         return "not run"
-    return "no game" if np.isnan(x) else f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
+    return "no game" if np.isnan(x) else f"{x:.0f}" if abs(x) >= 100 else f"{x:z.1f}"
 
 
 def summary(values: list[float | None]) -> str:
@@ -473,7 +478,7 @@ def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
                         welch = stats.ttest_ind(x, base, equal_var=False)
                     row[5] += " [{}, {}]".format(*map(number, welch.confidence_interval()))
                     low, high = hedges_interval(x, base)
-                    row[6:8] = f"{hedges(x, base):.2f} [{low:.2f}, {high:.2f}]", welch.pvalue
+                    row[6:8] = f"{hedges(x, base):z.2f} [{low:.2f}, {high:.2f}]", welch.pvalue
                 tested.append(row)
             rows.append(row)
         for column in (7, 8):
@@ -498,7 +503,9 @@ def aggregate(matrix: Matrix, runs: dict, score: str) -> tuple[list[list], list[
             known = [{run.seed: getattr(run, score) for run in g} for g in pair]
             pair = [{seed: x - zero for seed, x in g.items() if np.isfinite(x)} for g in known]
             if not all(pair) or np.mean(list(pair[1].values())) <= 0:
-                left_out.append(f"{task} ({matrix.titles[arm]}: {matrix.titles[reference]} has no score above zero)")
+                left_out.append(
+                    f"{task} ({matrix.titles[arm]}: {matrix.titles[reference]} has a mean that is not above zero)"
+                )
             else:
                 scores[task] = pair
         if not scores:
@@ -536,6 +543,7 @@ def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
         head.append(f"interquartile mean of {reference} itself")
         zeros = [f"{task} {RANDOM[task]}" for task in runs if task in RANDOM]
         zero = f"a random agent's ({', '.join(zeros)})" if zeros else "a return of 0"
+        zero += ", elsewhere a return of 0" if 0 < len(zeros) < len(runs) else ""
         where = "Across tasks, where"
         if len(runs) == 1:
             where, head, rows = "Where", head[:1] + head[2:], [row[:1] + row[2:] for row in rows]
@@ -556,6 +564,8 @@ def contrasts_table(matrix: Matrix, matrices: dict[str, Matrix], results: dict[s
     rows = []
     for title, parts in matrix.contrasts.items():
         names = [(name if "/" in name else f"{matrix.name}/{name}").split("/") for _, name in parts]
+        if len(set(map(tuple, names))) < len(names):
+            fail(f"matrix {matrix.name}: the contrast {title!r} names an arm twice; its terms must be independent")
         for origin, arm in names:
             if origin not in matrices or arm not in matrices[origin].titles:
                 fail(f"matrix {matrix.name} has a contrast of {origin}/{arm}, but no matrix {origin} has such an arm")
@@ -573,7 +583,8 @@ def contrasts_table(matrix: Matrix, matrices: dict[str, Matrix], results: dict[s
                 known = [[getattr(run, score) for run in group] for group in groups]
                 samples = [np.array([x for x in sample if x is not None and np.isfinite(x)]) for sample in known]
                 if min(map(len, samples)) < TESTABLE:
-                    row += ["too few seeds" if all(map(len, samples)) else "not run", ""]
+                    missing = "not run" if score == "evaluation" else "no game"
+                    row += ["too few seeds" if all(map(len, samples)) else missing, ""]
                     continue
                 estimate, half, p = contrast([(sign, x) for (sign, _), x in zip(parts, samples)])
                 if np.isnan(p):
@@ -589,7 +600,9 @@ def contrasts_table(matrix: Matrix, matrices: dict[str, Matrix], results: dict[s
 
 
 def thirds_table(matrix: Matrix, runs: dict) -> str:
-    """Each arm at a third of its steps beside the reference at the end of as many."""
+    """Each arm at 33 % of its steps (games of the tenth of all steps before that, as in every point of a curve) beside
+    the reference at the end of as many.
+    """
     reference, rows = next(iter(matrix.titles)), []
     for task, groups in runs.items():
         for (steps, arm), group in groups.items():
@@ -747,7 +760,7 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
     size = (9.5, 4.2) if wide else (0.6 + 3.1 * columns, 0.7 + 2.5 * rows)
     figure = Figure(figsize=size, layout="constrained")  # without pyplot, which would keep it
     panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in panels.flat[2 * len(tasks) :] if not wide else ():
+    for panel in () if wide else panels[-2:, len(tasks) % columns or columns :].flat:  # no task's
         panel.set_axis_off()
     styles, seeds = line_styles(matrix), len(matrix.titles) <= SEEDS
     counts = {arm: set() for arm in matrix.titles}  # numbers of seeds

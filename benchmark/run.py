@@ -11,8 +11,9 @@ A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`,
 compared with. An arm with `beginning_of`, the name of another matrix, is not played here: its results are the first
 steps of that matrix's longer runs of the same label, as they are what a shorter run would have been, but for games
 restarted at other checkpoints (and so its step size may not be annealed). `[peers]`, label = title, are programs of
-others that have results in the matrix's folder, made by benchmark/cleanrl.py. `[contrasts]`, title = "arm - arm + ...",
-are what plot.py shall test beside that (an arm of another matrix: matrix/arm). All is checked before anything starts.
+others that have results in the matrix's folder, made by benchmark/cleanrl.py. For plot.py are
+`saturated`, of the tasks those that most seeds of every arm solve, and `[contrasts]`, title = "arm - arm + ...", what
+to test beside the comparisons (an arm of another matrix: matrix/arm). All but those is checked before anything starts.
 
 Each run is the ordinary script as a process of its own, in `<runs>/<matrix>/<task>__<arm>__<seed>`, its output in a
 .log beside that. Once it is finished it is exported as benchmark/collect.py says. Call the same command again as often
@@ -28,7 +29,6 @@ On a cluster, and under Slurm, this folder, `runs` and `results` must lie on a f
 import ctypes
 import difflib
 import fcntl
-import functools
 import importlib
 import itertools
 import json
@@ -211,16 +211,16 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
         arms[label] = script_arguments(matrix.get("flags", {}) | arm.get("flags", {}), arm["script"], where)
         if arms[label].get("device", "auto") not in ("auto", "cpu") and not gpus:
             fail(f"{where}: device = {arms[label]['device']!r}, but gpus = 0")
-    check_protocol = functools.cache(lambda script, task: load_script(script).env_protocol(known[script, task]))
-    known, plan = {}, []
+    known, plan = set(), []  # known: (script, task) whose protocol was looked up
     for index, (seed, task, label) in enumerate(itertools.product(seeds, tasks, arms)):
-        script = load_script(matrix["arms"][label]["script"])
-        arguments = {"env_id": task, "seed": seed} | arms[label]
+        name = matrix["arms"][label]["script"]
+        script, arguments = load_script(name), {"env_id": task, "seed": seed} | arms[label]
         try:  # the machine that plays may have a GPU, or a compiler, where this one has none
             elsewhere = {"device": "cpu"} | ({"compile": False} if "compile" in arguments else {})
             checked = script.check_args(script.Args(**arguments | elsewhere))
-            known.setdefault((matrix["arms"][label]["script"], task), checked)
-            check_protocol(matrix["arms"][label]["script"], task)
+            if (name, task) not in known:
+                script.env_protocol(checked)
+                known.add((name, task))
         except SystemExit as error:
             fail(f"{path}: arms.{label}: {str(error).removeprefix('error: ')}")
         # Some flags decide others (--paper-literal): these are what args.json will hold.
@@ -235,7 +235,6 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
             fail(f"{path}: arms.{label}: beginning_of, but total-timesteps is no multiple of a rollout, {rollout_size}")
         place = runs / path.stem / f"{task.replace('/', '-')}__{label}__{seed}"
         result = result_path(results, origin or path.stem, task, label, seed)
-        name = matrix["arms"][label]["script"]
         plan.append(Run(index, task, label, seed, name, arguments, settings, cpus, float(gpus), place, result, origin))
     return plan
 
@@ -298,8 +297,8 @@ def last_step(run: Run) -> int | None:
 
 
 def is_finished(run: Run) -> bool:
-    evaluated = (run.folder / "evaluation.json").exists() or run.arguments.get("eval_episodes") == 0
-    return (run.folder / "model.pt").exists() and evaluated
+    games = run.arguments.get("eval_episodes", load_script(run.script).Args.eval_episodes)
+    return (run.folder / "model.pt").exists() and (games == 0 or (run.folder / "evaluation.json").exists())
 
 
 def find_state(run: Run) -> tuple[str, int | None]:

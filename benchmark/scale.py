@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import tyro
-from collect import fail
+from collect import fail, render
 from gradient_cost import resident
 from speed import TWINS, check_output, cpu_model, output_of, read, steady_speed
 
@@ -219,7 +219,7 @@ def growth(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 def report(rows: list[dict], heading: str) -> str:
     """The table: the ends of each sweep, and the growth between them."""
     columns = ["", "", "sizes", "ms", "time ~ size to the (at the end)", "operations (at the end)", "peak memory, MiB"]
-    lines = [heading, "", f"| {' | '.join(columns)} |", "|-" * len(columns) + "|"]
+    lines = []
     for (family, sweep, name), (sizes, seconds, megaflop, memory) in medians(rows).items():
         cells = [
             f"{family}: {sweep}, {UNITS.get(sweep, 'a gradient step')}",
@@ -231,8 +231,8 @@ def report(rows: list[dict], heading: str) -> str:
             few = len(sizes) < 3 or not np.isfinite(values).all()
             cells += ["" if few else f"{growth(sizes, values)[0]:.2f} ({growth(sizes[-2:], values[-2:])[0]:.2f})"]
         cells += [f"{memory[0]:.0f} to {memory[-1]:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return f"{heading}\n\n{render(columns, lines)}\n"
 
 
 def draw(rows: list[dict]):

@@ -316,7 +316,8 @@ BAD = {
     "flag of the runner": ({"num-steps = 32": "num-steps = 32\nseed = 3"}, "--seed is not for the matrix"),
     "peer": ({"[arms.ppo]": "[peers]\nppo = 'P'\n[arms.ppo]"}, "peers has ppo = 'P', but takes a label"),
     "label": ({"[arms.ppo]": "[arms.PPO_1]"}, "arms.PPO_1: a label consists of"),
-    "no arms": ({"[arms.ppo]": "[arms]"}, "is not a table"),
+    "no arms": ({'[arms.ppo]\ntitle = "PPO"\nscript = "ppo_continuous_baseline.py"\n': "[arms]\n"}, "arms is empty"),
+    "arm that is no table": ({"[arms.ppo]": "[arms]"}, "is not a table"),
     "saturated": (
         {"seeds = [1]": "seeds = [1]\nsaturated = [['Pong']]"},
         "saturated has ['Pong'], which is not one of",

@@ -37,8 +37,11 @@ def test_video_and_sheet_show_every_step_truthfully(script, run):
         shown = frame[watch.TITLE : watch.TITLE + 84 * scale, : 84 * scale]
         assert np.abs(shown.astype(int) - seen).mean() < 6, "the left picture is what was seen (compression aside)"
         if step == 0:
+            first = frame
             np.testing.assert_array_equal(seen[::scale, ::scale, 0], obs[0, -1])
-    assert cv2.imread(str(sheet_path)).size
+    small = cv2.resize(first, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    on_sheet = cv2.imread(str(sheet_path))[: small.shape[0], : small.shape[1]]
+    assert np.abs(on_sheet.astype(int) - small).mean() < 6, "the sheet begins with the first frame"
 
 
 def test_play_ends_with_the_game(script, run):
