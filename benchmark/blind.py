@@ -54,9 +54,8 @@ def play(script, args, seed: int, choose: Callable[[np.ndarray], np.ndarray]) ->
     `choose` takes the observations (M, ...) of those still playing and gives their actions (M,) or (M, A).
     """
     envs = script.make_envs(args)
-    obs, _ = envs.reset(
-        seed=script.env_seeds(seed, 3, num_envs=args.num_envs)
-    )  # stream 3: blind.py's and gait.py's alone
+    seeds = script.env_seeds(seed, 3, num_envs=args.num_envs)  # stream 3: blind.py's and gait.py's alone
+    obs, _ = envs.reset(seed=seeds)
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
     playing = np.ones(args.num_envs, dtype=bool)
     while playing.any():

@@ -68,9 +68,9 @@ def move(run: Path, settings: Args) -> list[str]:
 
 def over_arms(rows: list[list[str]]) -> list[list[str]]:
     """The table with one row for all runs of an arm. Fisher's exact test, two-sided, not corrected for their number."""
-    arms = {}
     if len(rows[0]) != 4:
         fail("a table of gait.py has four columns")
+    arms = {}
     for agent, episodic_return, share, _ in rows[1:]:
         arms.setdefault(without_seed(agent), []).append((float(share), float(episodic_return)))
     columns = [f"{who}: {what}" for who in ("those", "all others") for what in ("share of steps on the back", "return")]

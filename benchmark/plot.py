@@ -55,7 +55,6 @@ import json
 import math
 import re
 import tomllib
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -285,7 +284,7 @@ def ratio_interval(x: np.ndarray, reference: np.ndarray) -> tuple[float, float] 
     significantly different from 0, as then any ratio may be.
     """
     a, b = (sample.var(ddof=1) / len(sample) for sample in (x, reference))
-    if a + b == 0:
+    if np.ptp(x) + np.ptp(reference) == 0:
         return (x.mean() / reference.mean(),) * 2
     freedom = (a + b) ** 2 / (a**2 / (len(x) - 1) + b**2 / (len(reference) - 1))
     t2, numerator, denominator = stats.t.ppf(0.975, freedom) ** 2, x.mean(), reference.mean()
@@ -293,7 +292,7 @@ def ratio_interval(x: np.ndarray, reference: np.ndarray) -> tuple[float, float] 
     if leading <= 0:
         return None
     # (numerator - r · denominator)² <= t² (a + r² b), a quadratic in r
-    root = np.sqrt((numerator * denominator) ** 2 - leading * (numerator**2 - t2 * a))
+    root = np.sqrt(t2 * (a * leading + b * numerator**2))
     return (numerator * denominator - root) / leading, (numerator * denominator + root) / leading
 
 
@@ -302,9 +301,9 @@ def contrast(samples: list[tuple[int, np.ndarray]]) -> tuple[float, float, float
     Welch and Satterthwaite; NaN for both where nothing varies.
     """
     estimate = sum(sign * x.mean() for sign, x in samples)
-    variances, degrees = np.array([(x.var(ddof=1) / len(x), len(x) - 1) for _, x in samples]).T
-    if variances.sum() == 0:
+    if not any(np.ptp(x) for _, x in samples):
         return estimate, np.nan, np.nan
+    variances, degrees = np.array([(x.var(ddof=1) / len(x), len(x) - 1) for _, x in samples]).T
     error, freedom = np.sqrt(variances.sum()), variances.sum() ** 2 / (variances**2 / degrees).sum()
     return estimate, stats.t.ppf(0.975, freedom) * error, 2 * stats.t.sf(abs(estimate) / error, freedom)
 
@@ -398,6 +397,10 @@ def number(x: float | None) -> str:
     return "no game" if np.isnan(x) else f"{x:.0f}" if abs(x) >= 100 else f"{x:z.1f}"
 
 
+def with_interval(estimate: float, half: float) -> str:
+    return f"{number(estimate)} [{number(estimate - half)}, {number(estimate + half)}]"
+
+
 def summary(values: list[float | None]) -> str:
     """Single values under FEW seeds, else mean ± standard deviation over the seeds that have one."""
     known = [x for x in values if x is not None and not np.isnan(x)]
@@ -448,6 +451,12 @@ def seeds_table(matrix: Matrix, runs: dict) -> str:
     return render(["task", "agent steps", "arm", "seeds", "return, last 10 %, of each, ascending"], rows)
 
 
+def known_scores(group: list[Run], score: str) -> np.ndarray:
+    """(seeds,) of the runs that have one: were evaluated, or ended a game in time."""
+    scores = np.array([getattr(run, score) for run in group], float)  # None becomes NaN
+    return scores[np.isfinite(scores)]
+
+
 def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
     """A row for each arm and task, against the reference at equal steps; `score` as in SCORES."""
     reference, *arms = matrix.titles
@@ -457,8 +466,7 @@ def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
         for (steps, arm), group in groups.items():
             if arm not in arms or (steps, reference) not in groups:
                 continue
-            x, base = (np.array([getattr(run, score) for run in g]) for g in (group, groups[steps, reference]))
-            x, base = x[np.isfinite(x)], base[np.isfinite(base)]
+            x, base = (known_scores(g, score) for g in (group, groups[steps, reference]))
             seeds = min(len(x), len(base))
             if seeds == 0:
                 continue
@@ -473,12 +481,9 @@ def compare(matrix: Matrix, runs: dict, score: str) -> list[list]:
             if seeds >= TESTABLE:
                 row[6:] = ["no spread", 1.0 if x.mean() == base.mean() else np.nan, permutation_test(x, base)]
                 if np.ptp(x) + np.ptp(base) > 0:  # a task with a highest return may be solved by every seed of both
-                    with warnings.catch_warnings():
-                        warnings.filterwarnings("ignore", "Precision loss")  # as where nearly all seeds reach 1000
-                        welch = stats.ttest_ind(x, base, equal_var=False)
-                    row[5] += " [{}, {}]".format(*map(number, welch.confidence_interval()))
+                    difference, half, p = contrast([(1, x), (-1, base)])
                     low, high = hedges_interval(x, base)
-                    row[6:8] = f"{hedges(x, base):z.2f} [{low:.2f}, {high:.2f}]", welch.pvalue
+                    row[5:8] = with_interval(difference, half), f"{hedges(x, base):z.2f} [{low:.2f}, {high:.2f}]", p
                 tested.append(row)
             rows.append(row)
         for column in (7, 8):
@@ -580,17 +585,13 @@ def contrasts_table(matrix: Matrix, matrices: dict[str, Matrix], results: dict[s
             groups = [group[max(shared)] for group in found]
             row = [title, task, f"{max(shared):,}", ", ".join(str(len(group)) for group in groups)]
             for score in ("final", "area", "evaluation"):
-                known = [[getattr(run, score) for run in group] for group in groups]
-                samples = [np.array([x for x in sample if x is not None and np.isfinite(x)]) for sample in known]
+                samples = [known_scores(group, score) for group in groups]
                 if min(map(len, samples)) < TESTABLE:
                     missing = "not run" if score == "evaluation" else "no game"
                     row += ["too few seeds" if all(map(len, samples)) else missing, ""]
                     continue
                 estimate, half, p = contrast([(sign, x) for (sign, _), x in zip(parts, samples)])
-                if np.isnan(p):
-                    row += [number(estimate), "no spread"]
-                else:
-                    row += [f"{number(estimate)} [{number(estimate - half)}, {number(estimate + half)}]", p_value(p)]
+                row += [number(estimate), "no spread"] if np.isnan(p) else [with_interval(estimate, half), p_value(p)]
             rows.append(row)
     if not rows:
         return "Not run yet, or nothing to contrast."
@@ -607,19 +608,13 @@ def thirds_table(matrix: Matrix, runs: dict) -> str:
     for task, groups in runs.items():
         for (steps, arm), group in groups.items():
             if arm != reference and (steps, reference) in groups:
-                early = np.array([run.curve[POINTS // 3 - 1] for run in group])
+                early = [run.curve[POINTS // 3 - 1] for run in group]
                 late = [run.final for run in groups[steps, reference]]
-                rows.append([task, f"{steps:,}", matrix.titles[arm], summary(list(early)), summary(late)])
+                rows.append([task, f"{steps:,}", matrix.titles[arm], summary(early), summary(late)])
     if not rows:
         return "Not run yet."
-    head = [
-        "task",
-        "agent steps",
-        "arm",
-        "return at a third of the steps",
-        f"{matrix.titles[reference]}'s at their end",
-    ]
-    return render(head, rows)
+    head = ["task", "agent steps", "arm", "return at a third of the steps"]
+    return render([*head, f"{matrix.titles[reference]}'s at their end"], rows)
 
 
 def runs_table(matrices: dict[str, Matrix], results: dict[str, dict]) -> str:

@@ -11,9 +11,9 @@ A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`,
 compared with. An arm with `beginning_of`, the name of another matrix, is not played here: its results are the first
 steps of that matrix's longer runs of the same label, as they are what a shorter run would have been, but for games
 restarted at other checkpoints (and so its step size may not be annealed). `[peers]`, label = title, are programs of
-others that have results in the matrix's folder, made by benchmark/cleanrl.py. For plot.py are
-`saturated`, of the tasks those that most seeds of every arm solve, and `[contrasts]`, title = "arm - arm + ...", what
-to test beside the comparisons (an arm of another matrix: matrix/arm). All but those is checked before anything starts.
+others that have results in the matrix's folder, made by benchmark/cleanrl.py. For plot.py are `saturated`, of the tasks
+those that most seeds of every arm solve, and `[contrasts]`, title = "arm - arm + ...", what to test beside the
+comparisons (an arm of another matrix: matrix/arm). All but those is checked before anything starts.
 
 Each run is the ordinary script as a process of its own, in `<runs>/<matrix>/<task>__<arm>__<seed>`, its output in a
 .log beside that. Once it is finished it is exported as benchmark/collect.py says. Call the same command again as often

@@ -236,6 +236,7 @@ def test_interval_of_a_ratio_holds_the_truth_and_agrees_with_welch():
     assert 0.93 < np.mean(held) < 0.97
     assert plot.ratio_interval(rng.normal(5, 1, 5), rng.normal(0.1, 1, 5)) is None
     assert plot.ratio_interval(np.full(3, 6.0), np.full(3, 4.0)) == (1.5, 1.5)
+    assert plot.ratio_interval(np.full(3, 0.1), np.full(3, 0.1)) == (1, 1)  # whose computed variance is not 0
 
 
 def test_contrast_of_two_is_welch_and_that_of_four_holds_the_truth():
@@ -255,6 +256,7 @@ def test_contrast_of_two_is_welch_and_that_of_four_holds_the_truth():
     assert 0.93 < np.mean(held) < 0.98
     estimate, *unknown = plot.contrast([(1, np.full(5, 7.0)), (-1, np.full(5, 4.0))])
     assert estimate == 3 and np.isnan(unknown).all()
+    assert np.isnan(plot.contrast([(1, np.full(3, 0.1)), (-1, np.full(3, 0.2))])[1:]).all()
 
 
 def test_probability_of_improvement():
