@@ -60,7 +60,7 @@ class Args:
     lam: float = 0.003
     """price of perception, λ: a step with perception θ costs λ·C_θ(s)"""
     follower: Follower = "cooperative"
-    """whether the follower maximises f (the paper's text) or minimises it (Eq. 13 as printed)"""
+    """whether the follower maximises f, the price of perception included, or minimises it (Eq. 13 as printed)"""
 
     # -- What is computed --
     lambdas: tuple[float, ...] = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -330,10 +330,11 @@ def global_equilibrium(mdp: TabularMdp, perceptions, costs, lam: float, start, m
     """The best (θ, φ) for the whole game: (k, action of each cell of k, value at `start`), up to rounding.
 
     Value: E Σ_t γ^t [R(s_t, a_t) − λ·C_k(s_t)] over the live steps, for one k and one deterministic map from cells
-    to actions. `start` is a distribution (S,) or a state. Finding such a map is NP-hard in general (Littman 1994):
-    best-first branch and bound. A node has fixed the actions of some cells; in the others each state may act as it
-    likes, an MDP whose value bounds the node. With the identity that bound is the answer at once. Raises ValueError,
-    with the bounds known by then, after `max_nodes` nodes (0: see `default_nodes`).
+    to actions (where cells hide states, a random one can be worth more): what the two reach as a team, the follower
+    sharing the price. `start` is a distribution (S,) or a state. Finding such a map is NP-hard in general (Littman
+    1994): best-first branch and bound. A node has fixed the actions of some cells; in the others each state may act as
+    it likes, an MDP whose value bounds the node. With the identity that bound is the answer at once. Raises
+    ValueError, with the bounds known by then, after `max_nodes` nodes (0: see `default_nodes`).
     """
     make_operator(mdp, perceptions, costs, lam, "cooperative")  # for its checks
     num_states, num_actions = mdp.R.shape
@@ -393,12 +394,12 @@ def global_equilibrium(mdp: TabularMdp, perceptions, costs, lam: float, start, m
 # ==================================================================================================
 # Measurements
 # ==================================================================================================
-def contraction_factors(operator, mdp: TabularMdp, pairs: Iterable, rng: np.random.Generator) -> dict:
+def contraction_factors(operator, mdp: TabularMdp, pairs: Iterable, rng: np.random.Generator, scale=1.0) -> dict:
     """‖T_S f − T_S g‖ / ‖f − g‖ over random pairs, and over pairs that differ by a constant, which are the worst."""
     factors = {"random": [], "shifted": []}
     for _ in pairs:
-        f = rng.normal(size=mdp.R.shape)
-        for kind, g in (("random", rng.normal(size=f.shape)), ("shifted", f + rng.normal())):
+        f = rng.normal(scale=scale, size=mdp.R.shape)
+        for kind, g in (("random", rng.normal(scale=scale, size=f.shape)), ("shifted", f + rng.normal(scale=scale))):
             difference = operator(f).max(axis=0) - operator(g).max(axis=0)
             factors[kind].append(float(np.abs(difference).max() / np.abs(f - g).max()))
     return factors
@@ -432,6 +433,12 @@ def counter_examples() -> dict[str, dict[str, float]]:
     P, R = np.zeros((2, 2, 2)), np.eye(2)
     P[0, :, 1] = P[1, :, 0] = 1
     clock = game(P, R, 0.9, [[0, 0]], [0])
+    # Two rooms that look alike, each with a right action that pays 1 and leads to the other; the wrong one costs 1.
+    P = np.array([[[0.0, 1], [1, 0]]] * 2)
+    rooms = game(P, np.array([[1.0, -1], [-1, 1]]), 0.9, [[0, 0]], [0])
+    # The first action ends the game, the second pays a little and stays, which costs perception at every step.
+    P = np.array([[[0.0], [1]]])
+    stay = game(P, np.array([[0, 0.01]]), 0.9, [[0]], [1])
 
     def value(case, lam, follower="cooperative"):
         """(f* at the first state under its best action, the perception that wins there)."""
@@ -440,14 +447,24 @@ def counter_examples() -> dict[str, dict[str, float]]:
         winners = cheapest_best(make_operator(mdp, cells, costs, lam, follower)(f), costs)  # (S, A)
         return float(f[0].max()), int(winners[0, f[0].argmax()])
 
+    def worth(case, lam, k, policy):
+        """What one perception k and one policy (S, A), the probability of each action, are worth at the first state."""
+        mdp, _, costs = case
+        reward = ((mdp.R - lam * costs[k][:, None]) * policy).sum(axis=1)
+        flow = np.eye(len(policy)) - mdp.gamma * np.einsum("sa,sat->st", policy, mdp.P)
+        return float(np.linalg.solve(flow, reward)[0])
+
     mdp, cells, costs = fork
     cases = {}
     (seeing, bought), (free, chosen) = value(fork, 0.1), value((mdp, per_state(cells), costs), 0.1)
+    f, _ = solve(*fork, 0.1)
+    targets = mdp.R[0, 0] - 0.1 * costs[:, 0] + mdp.gamma * f.max(axis=1)[:, None]  # (S, K) for each s' after state 0
     cases["an action per state: the cheapest perception always wins"] = {
         "T_S, action per cell": seeing,
         "its perception": bought,
         "T_S, action per state": free,
         "its choice": chosen,
+        "T_S from one sampled s', on average": float(mdp.P[0, 0] @ targets.max(axis=1)),
         "what that choice is worth": global_equilibrium(mdp, cells[:1], costs[:1], 0.1, 0)[2],
     }
     printed, blinding = value(fork, 0.1, "adversarial")
@@ -458,7 +475,7 @@ def counter_examples() -> dict[str, dict[str, float]]:
         "max-min at λ = 0, all seen": value((mdp, cells[1:], costs[1:]), 0.0, "adversarial")[0],
     }
     k, _, whole = global_equilibrium(*circuit, 0.1, 0)
-    cases["one θ for the whole game is worth less than f*"] = {
+    cases["one θ for the whole game can be worth less than f*"] = {
         "f*": value(circuit, 0.1)[0],
         "best (θ, φ)": whole,
         "its perception": k,
@@ -467,12 +484,30 @@ def counter_examples() -> dict[str, dict[str, float]]:
         "f*, blind": value(clock, 0.0)[0],
         "best blind policy": global_equilibrium(*clock, 0.0, 0)[2],
     }
-    dear = 1000 * (1 + np.arange(4.0))[None] * np.array([[1], [-1]])  # costs from -4000 to 4000
+    cases["what cannot tell states apart may do better by chance"] = {
+        "f*": value(rooms, 0.0)[0],
+        "best deterministic φ": global_equilibrium(*rooms, 0.0, 0)[2],
+        "a coin": worth(rooms, 0.0, 0, np.full((2, 2), 0.5)),
+    }
+    cases["a follower that does not share the price (Eq. 7) answers otherwise"] = {
+        "f*": value(stay, 0.1)[0],
+        "best (θ, φ)": global_equilibrium(*stay, 0.1, 0)[2],
+        "the leader's, if the follower maximises the return alone": worth(stay, 0.1, 0, np.array([[0.0, 1]])),
+    }
+    first, right = np.array([[1.0, 0]] * 3), np.array([[1.0, 0], [1, 0], [0, 1]])  # policies at the fork
+    cases["moving at once, the players can rest where moving first would not"] = {
+        "blind, always the first action": worth(fork, 0.1, 0, first),
+        "only the leader deviates": worth(fork, 0.1, 1, first),
+        "only the follower deviates": max(worth(fork, 0.1, 0, np.array([row] * 3)) for row in np.eye(2)),
+        "best (θ, φ)": worth(fork, 0.1, 1, right),
+    }
+    scale, rng = 10_000.0, np.random.default_rng(0)  # of f and g, so that the winning perception changes between them
+    dear = np.repeat([[0.0], [4000.0]], 4, axis=1)
     operator = make_operator(circuit[0], circuit[1], dear, 1.0, "cooperative")
-    factors = contraction_factors(operator, circuit[0], range(200), np.random.default_rng(0))
+    factors = contraction_factors(operator, circuit[0], range(200), rng, scale)
     cases["the bound does not need C ≤ 1"] = {
         "γ": circuit[0].gamma,
-        "largest factor, |C| up to 4000": max(factors["random"] + factors["shifted"]),
+        "largest factor, C up to 4000": max(factors["random"] + factors["shifted"]),
     }
     return cases
 
@@ -576,7 +611,7 @@ def report(results: dict, perceptions: Perceptions) -> None:
     for name, cells, costs, record in zip(*perceptions, results["alone"].values()):
         rows.append([name, f"{cells.max() + 1}", costs[0], interval(record)])
     title = f"One θ for the whole game, λ = {lam:g} (in brackets: bounds where the search was refused)"
-    print_table(title, ["θ", "cells", "cost", "value"], rows)
+    print_table(title, ["θ", "cells", "cost", "best deterministic φ"], rows)
     for title, numbers in results["counter_examples"].items():
         print(f"\nCounter-example: {title}")
         print("  " + ", ".join(f"{name} {number:.4g}" for name, number in numbers.items()))
