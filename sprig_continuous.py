@@ -593,22 +593,9 @@ class AttentionBlock(nn.Module):
         return attended if self.gate is None else torch.addcmul(x, self.gate, attended), rows
 
 
-# -- Fast attention: `attend` is softmax(Q Kᵀ / √d) V and nothing else -------------------------------
 def attend(query, key, value) -> torch.Tensor:
-    """softmax(Q Kᵀ / √d) V: query and key (B, n, d), value (B, n, C) -> (B, n, C).
-
-    The plain product up to n = 100 locations, where it is the fastest. Beyond, kernels that never hold
-    the n x n weights of the whole batch: tiles on a CPU, PyTorch's own on a GPU.
-    """
-    if query.shape[1] <= 100:
-        return torch.bmm(attention_rows(query, key), value)
-    if not query.is_cpu:  # padding with zeros changes no product, and fused kernels need equal widths
-        scale = query.shape[-1] ** -0.5
-        query, key = (F.pad(x, (0, value.shape[-1] - x.shape[-1])) for x in (query, key))
-        heads = (x.unsqueeze(1) for x in (query, key, value))  # one head
-        return F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
-    scale = math.log2(math.e) * query.shape[-1] ** -0.5  # e^x = 2^(x · log2 e)
-    return TiledAttention.apply(query * scale, key.contiguous(), value.contiguous())
+    """softmax(Q Kᵀ / √d) V: query and key (B, n, d), value (B, n, C) -> (B, n, C)."""
+    return torch.bmm(attention_rows(query, key), value)
 
 
 def attention_rows(query, key) -> torch.Tensor:
@@ -622,62 +609,6 @@ def attention_rows(query, key) -> torch.Tensor:
         scores = torch.baddbmm(unused, key, query.transpose(1, 2), beta=0, alpha=scale)
         return scores.softmax(1).transpose(1, 2)
     return torch.baddbmm(unused, query, key.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
-
-
-class TiledAttention(torch.autograd.Function):
-    """2^(Q Kᵀ) V, the powers' rows scaled to sum to 1, in tiles of a few samples that stay in the CPU's cache.
-
-    The backward computes them again. On two cores twice as fast at n = 400 as PyTorch's fused
-    kernel, which takes only equal widths and so needs d = 4 padded to C = 32. Differentiable twice.
-    """
-
-    @staticmethod
-    def tiles(query, key, dim=-1):
-        """Yields (slice of samples, their weights before they are scaled, scratch), reusing two buffers.
-
-        With key and query swapped and `dim` 1, the weights are transposed.
-        """
-        n = query.shape[1]
-        size = max(torch.get_num_threads(), 1_300_000 // n**2)  # samples; two buffers of 5 MB
-        largest = query.abs().amax() * key.abs().amax() * query.shape[-1]  # no |score| is larger
-        small = largest < 60  # then no power of 2 overflows, nor does a sum of them
-        buffers = query.new_empty(2, size, n, n)
-        for start in range(0, len(query), size):
-            tile = slice(start, min(start + size, len(query)))
-            weights, scratch = buffers[:, : tile.stop - tile.start]
-            torch.bmm(query[tile], key[tile].transpose(1, 2), out=weights)
-            if small:
-                weights.exp2_()  # takes a third of a softmax's time
-            else:
-                torch.softmax(weights.mul_(math.log(2)), dim, out=weights)
-            yield tile, weights, scratch
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        output, sums = torch.empty_like(value), value.new_empty(*value.shape[:2], 1)
-        for tile, weights, _ in TiledAttention.tiles(query, key):
-            torch.sum(weights, -1, keepdim=True, out=sums[tile])
-            torch.bmm(weights, value[tile], out=output[tile]).div_(sums[tile])
-        ctx.save_for_backward(query, key, value, output, sums)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, output, sums = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again: leave that to the plain product
-            plain = torch.bmm((torch.bmm(query, key.transpose(1, 2)) * math.log(2)).softmax(-1), value)
-            return torch.autograd.grad(plain, (query, key, value), grad, create_graph=True)
-        key_t = key.transpose(1, 2).contiguous()
-        grad_query_t, grad_key, grad_value = map(torch.empty_like, (key_t, key, value))
-        slope = grad / sums  # instead of dividing the weights
-        mean = (slope * output).sum(-1).unsqueeze(1)  # (B, 1, n) Σ_j A_ij ∂L/∂A_ij of each row i, over its sum
-        for tile, weights, scratch in TiledAttention.tiles(key, query, dim=1):  # Aᵀ: its products are faster
-            torch.bmm(weights, slope[tile], out=grad_value[tile])
-            torch.bmm(value[tile], slope[tile].transpose(1, 2), out=scratch)  # ∂L/∂Aᵀ over sums
-            scratch.sub_(mean[tile]).mul_(weights)  # ∂L/∂(K Qᵀ) over log 2, the softmax's backward
-            torch.bmm(scratch, query[tile], out=grad_key[tile])
-            torch.bmm(key_t[tile], scratch, out=grad_query_t[tile])
-        return math.log(2) * grad_query_t.transpose(1, 2), math.log(2) * grad_key, grad_value
 
 
 def attention_map(weights: np.ndarray, names: list[str]) -> np.ndarray:

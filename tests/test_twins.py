@@ -77,8 +77,7 @@ def test_continuous_differs_from_atari_by_the_normaliser_alone(names):
                 text = "".join(line for line in text.splitlines(keepends=True) if '== "bfloat16"' not in line)
                 assert continuous[key].rstrip() == text.rstrip(), key
     atari, continuous = (definitions(name, "Leader") for name in names)
-    for key in {"def attend", "def attention_rows", "class TiledAttention"} & atari.keys():
-        assert continuous[key] == atari[key], key
+    assert continuous.get("def attention_rows") == atari.get("def attention_rows")
 
 
 def test_sprig_has_every_flag_of_ppo_with_the_same_default():
