@@ -34,7 +34,6 @@ the end, the checks of arguments and the set-up of the process.
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import functools
 import hashlib
 import io
@@ -233,9 +232,8 @@ def env_protocol(args: Args) -> dict:
     """
     try:
         spec = gym.spec(args.env_id)
-    except gym.error.Error:
-        near = difflib.get_close_matches(args.env_id, gym.registry.keys(), n=1)
-        fail(f"--env-id {args.env_id} is not registered" + (f"; did you mean {near[0]}?" if near else ""))
+    except gym.error.Error as error:  # which suggests a near name
+        fail(f"--env-id {args.env_id}: {one_line(error)}")
     if spec.entry_point != "ale_py.env:AtariEnv":
         fail(f"--env-id {args.env_id} is not an Atari game; take e.g. BeamRiderNoFrameskip-v4 or ALE/BeamRider-v5")
     if spec.kwargs["frameskip"] not in (1, FRAME_SKIP):
@@ -1168,36 +1166,19 @@ PICTURE_INTERVAL = 100_000  # agent steps between two rounds of pictures
 
 
 def start_run(args: Args) -> Path:
-    """Create the run's folder, or check that `args.resume` is one that these arguments continue."""
+    """Make the folder of a new run, with its args.json, or check that `args` continue the run `args.resume`."""
     if args.resume:
         refuse_changes(Path(args.resume), args)
         return Path(args.resume)
-    outcome = None
-    if processes()[0] == 0:
-        try:
-            outcome = create_run(args)
-        except SystemExit as error:  # all processes leave together: one that waits for others would never see it
-            outcome = error
-    outcome = gather(outcome)[0]
-    if isinstance(outcome, SystemExit):
-        raise outcome if processes()[0] == 0 else SystemExit(1)
-    return outcome
-
-
-def create_run(args: Args) -> Path:
-    """Make the folder of a new run, and args.json in it."""
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or Path("runs") / name)
     record = run_record(args)  # before the folder is made: this tries the task out
-    try:
-        if args.run_dir:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if any(run_dir.iterdir()):
-                fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
-        else:
-            run_dir = make_folder(run_dir)
-    except (OSError, ValueError) as error:
-        fail(f"--run-dir {run_dir} cannot be written: {getattr(error, 'strerror', error)}")
+    if args.run_dir:
+        run_dir = Path(args.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if any(run_dir.iterdir()):
+            fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
+    else:
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+        run_dir = make_folder(Path("runs") / name)
     write_json(run_dir / "args.json", record)
     return run_dir
 
@@ -1215,7 +1196,7 @@ def make_folder(path: Path) -> Path:
 def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
     """Open TensorBoard (and Weights & Biases); in a resumed run, purge the points after `global_step`."""
     record = run_record(args)
-    # The writer's thread hands its OSError to the main thread, which reports it (see `writing`).
+    # The writer's thread hands its OSError to the main thread, which reports it (see `main`).
     threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
     if args.track:
         import wandb
@@ -1234,15 +1215,6 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
     rows = {**record["arguments"], **record["protocol"], **record["versions"]}
     writer.add_text("hyperparameters", "|parameter|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in rows.items()))
     return writer
-
-
-@contextlib.contextmanager
-def writing(path: Path):
-    """A full disk or a removed folder ends the run with one line."""
-    try:
-        yield
-    except OSError as error:
-        fail(f"{path} cannot be written: {error.strerror}; what was saved before is untouched")
 
 
 def run_record(args: Args) -> dict:
@@ -1346,28 +1318,27 @@ def report_evaluation(run_dir: Path, evaluation: dict) -> None:
 # Checkpoint
 # ==================================================================================================
 def write_atomically(path: Path, data: bytes, keep: bool = False) -> None:
-    """All or nothing: write a temporary file that no loader picks up, sync, rename. Ends the run if that fails.
+    """All or nothing: write a temporary file that no loader picks up, sync, rename.
 
     With `keep`, what has that name already is set aside.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep:
+            set_aside(path)
+        os.replace(temporary, path)
+    finally:  # if it is still there, something went wrong
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the new name should survive a power cut, too, where a folder can be synced
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if keep:
-                set_aside(path)
-            os.replace(temporary, path)
-        finally:  # if it is still there, something went wrong
-            temporary.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the new name should survive a power cut, too, where a folder can be synced
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path, record: dict, keep: bool = False) -> None:
@@ -1536,6 +1507,9 @@ def main(args: Args) -> dict:
             return train(args, stop)
     except FloatingPointError as error:  # of a game in an evaluation or at a restart; training names the iteration
         fail(str(error))
+    except OSError as error:  # a full disk, a folder that was removed
+        place = os.fsdecode(error.filename or args.resume or args.evaluate or args.run_dir or "runs")
+        fail(f"{place} cannot be written: {error.strerror or error}; what was saved before is untouched")
 
 
 def train(args: Args, stop: StopSignal) -> dict:
@@ -1546,8 +1520,11 @@ def train(args: Args, stop: StopSignal) -> dict:
         prepare_compiler(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # The first process makes the folder before it meets the others: if it cannot, torchrun ends them.
+    run_dir = start_run(args) if args.resume or os.environ.get("RANK", "0") == "0" else None
     if "WORLD_SIZE" in os.environ:  # torchrun: the games and each minibatch are split over its processes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    run_dir = gather(run_dir)[0]
     rank, num_processes = processes()
     per_process = {name: getattr(args, name) // num_processes for name in ("num_envs", "minibatch_size")}
     my_args = dataclasses.replace(args, **per_process)  # what this process plays and learns from; `args`: all together
@@ -1560,7 +1537,6 @@ def train(args: Args, stop: StopSignal) -> dict:
     if rank:
         # The same networks in all processes, different actions. (PyTorch's generator on a CPU reads 32 bits of a seed.)
         torch.manual_seed(int(env_seeds(args.seed, 4, rank, num_envs=1)[0]))
-    run_dir = start_run(args)
     parts = {"leader": leader, "follower": follower}
     parts |= {"leader_optimizer": leader_optimizer, "follower_optimizer": follower_optimizer}
     progress = {"global_step": 0, "recent_returns": [], "shown_obs": None}
@@ -1578,9 +1554,8 @@ def train(args: Args, stop: StopSignal) -> dict:
     first_iteration, num_iterations = progress["global_step"] // rollout_size, args.total_timesteps // rollout_size
     writer = start_writer(run_dir, args, progress["global_step"]) if rank == 0 else None
     if rank == 0 and first_iteration < num_iterations:
-        with writing(run_dir):
-            set_aside(run_dir / "model.pt")  # left by this run's end before it was extended
-            set_aside(run_dir / "evaluation.json")
+        set_aside(run_dir / "model.pt")  # left by this run's end before it was extended
+        set_aside(run_dir / "evaluation.json")
 
     rollout = allocate_rollout(my_args, envs, device)
     global_step, shown_obs = progress["global_step"], progress["shown_obs"]
@@ -1617,11 +1592,10 @@ def train(args: Args, stop: StopSignal) -> dict:
             if shown_obs is None:
                 shown_obs = batch.obs[-4:].clone()  # the same few for the whole run
             if rank == 0:
-                with writing(run_dir):
-                    log_iteration(writer, metrics, games, global_step, args)
-                    if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
-                        for tag, picture in leader.pictures(shown_obs.to(device)).items():
-                            writer.add_image(tag, picture, global_step, dataformats="HWC")
+                log_iteration(writer, metrics, games, global_step, args)
+                if iteration == 0 or global_step % PICTURE_INTERVAL < rollout_size:
+                    for tag, picture in leader.pictures(shown_obs.to(device)).items():
+                        writer.add_image(tag, picture, global_step, dataformats="HWC")
             mean_return = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
             bar.set_postfix_str(f"return {mean_return}, {metrics['charts/SPS']:.0f} steps/s", refresh=False)
             bar.update(rollout_size)
@@ -1631,8 +1605,7 @@ def train(args: Args, stop: StopSignal) -> dict:
             due = args.checkpoint_interval and global_step % args.checkpoint_interval < rollout_size
             if due or stopping or iteration + 1 == num_iterations:
                 if rank == 0:
-                    with writing(run_dir):
-                        writer.flush()  # no logged point may be lost that the checkpoint counts as done
+                    writer.flush()  # no logged point may be lost that the checkpoint counts as done
                 progress = {"global_step": global_step, "recent_returns": [*recent_returns], "shown_obs": shown_obs}
                 save_checkpoint(run_dir, parts, progress)
                 if stopping or iteration + 1 == num_iterations:
@@ -1665,8 +1638,7 @@ def train(args: Args, stop: StopSignal) -> dict:
         resume = f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run_dir))}"
         print(f"stopped at step {global_step}; continue with: {resume}")
     stop.interrupt = False
-    with writing(run_dir):
-        writer.close()
+    writer.close()
     return evaluation
 
 

@@ -448,7 +448,7 @@ BAD = {
     "breaks": ({"env_id": odd("Breaks", size=-1)}, "cannot be made: ValueError"),
     "nothing to see": ({"env_id": odd("Blind", size=0)}, "not a vector"),
     "whole numbers": ({"env_id": odd("Whole", actions=gym.spaces.Box(0, 4, (2,), np.int64))}, "only real vectors"),
-    "unknown id": ({"env_id": "HalfCheeta-v5"}, "did you mean HalfCheetah-v5"),
+    "unknown id": ({"env_id": "HalfCheeta-v5"}, "Did you mean: `HalfCheetah`"),
     "pixels": ({"env_id": "ALE/Pong-v5"}, "for Atari"),
     "not a vector": ({"env_id": "FrozenLake-v1"}, "not a vector"),
     "unknown task": ({"env_id": "dm_control/cheetah-fly-v0"}, "dm_control/cheetah"),

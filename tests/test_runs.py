@@ -95,7 +95,7 @@ def test_evaluation_is_repeatable_and_counts_each_game_once(script, tmp_path):
 
 
 BAD = {
-    "unknown id": ({"env_id": "BeamRidrNoFrameskip-v4"}, "did you mean BeamRiderNoFrameskip-v4"),
+    "unknown id": ({"env_id": "BeamRidrNoFrameskip-v4"}, "Did you mean: `BeamRiderNoFrameskip`"),
     "not Atari": ({"env_id": "CartPole-v1"}, "not an Atari game"),
     "random skip": ({"env_id": "BeamRider-v4"}, "random number of frames"),
     "indivisible": ({"minibatch_size": 100}, "does not divide"),
