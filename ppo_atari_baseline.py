@@ -1016,8 +1016,15 @@ def main(args: Args) -> dict:
     try:
         if args.evaluate:
             return evaluate_run(args)
+        device = pick_device(args.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # The first process makes the folder before it meets the others: if it cannot, torchrun ends them.
+        run_dir = start_run(args) if args.resume or os.environ.get("RANK", "0") == "0" else None
+        if "WORLD_SIZE" in os.environ:  # torchrun: the games and each minibatch are split over its processes
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         with StopSignal() as stop:
-            return train(args, stop)
+            return train(args, gather(run_dir)[0], device, stop)
     except FloatingPointError as error:  # of a game in an evaluation or at a restart; training names the iteration
         fail(str(error))
     except OSError as error:  # a full disk, a folder that was removed
@@ -1025,19 +1032,11 @@ def main(args: Args) -> dict:
         fail(f"{place} cannot be written: {error.strerror or error}; what was saved before is untouched")
 
 
-def train(args: Args, stop: StopSignal) -> dict:
+def train(args: Args, run_dir: Path, device: torch.device, stop: StopSignal) -> dict:
     """From the first rollout, or that after the newest checkpoint, to the evaluation."""
     keep_freed_memory()
-    device = pick_device(args.device)
     if args.compile:
         prepare_compiler(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # The first process makes the folder before it meets the others: if it cannot, torchrun ends them.
-    run_dir = start_run(args) if args.resume or os.environ.get("RANK", "0") == "0" else None
-    if "WORLD_SIZE" in os.environ:  # torchrun: the games and each minibatch are split over its processes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    run_dir = gather(run_dir)[0]
     rank, num_processes = processes()
     per_process = {name: getattr(args, name) // num_processes for name in ("num_envs", "minibatch_size")}
     my_args = dataclasses.replace(args, **per_process)  # what this process plays and learns from; `args`: all together
@@ -1338,5 +1337,5 @@ def prepare_compiler(device: torch.device) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except KeyboardInterrupt:  # in an evaluation; training ends in its own way (see StopSignal)
+    except KeyboardInterrupt:  # in an evaluation or before training, which ends in its own way (see StopSignal)
         fail("interrupted; nothing was saved")
