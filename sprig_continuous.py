@@ -1373,12 +1373,13 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
 # Evaluation
 # ==================================================================================================
 @torch.inference_mode()
-def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.device) -> dict:
+def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.device, stop=None) -> dict:
     """Play `args.eval_episodes` whole games on seeds that training never used.
 
     One environment per game, each game counted: taking the first games to end among many would
     favour short ones. Leaves the global random state as it was. Returns, ready for JSON, the games' raw
     "returns" and their "lengths" in agent steps, "mean" and "std" of the returns, "greedy", and the "protocol".
+    Raises KeyboardInterrupt if `stop` (a StopSignal) is requested before the end.
     """
     num_games, protocol = args.eval_episodes, env_protocol(args)
     envs = make_envs(dataclasses.replace(args, num_envs=num_games))
@@ -1387,6 +1388,8 @@ def evaluate(leader: Leader, follower: Follower, args: Args, device: torch.devic
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(args.seed)
         while playing.any():
+            if stop and stop.requested:
+                raise KeyboardInterrupt
             logits, _ = follower(leader(torch.from_numpy(obs[playing]).to(device)))
             policy = action_distribution(logits)
             action = (policy.mode if args.eval_greedy else sample(policy)).cpu().numpy()
@@ -1587,13 +1590,10 @@ def set_aside(path: Path) -> None:
 # Main
 # ==================================================================================================
 class StopSignal:
-    """SIGINT and SIGTERM: the first sets `requested`, at which the iteration ends and is saved; the second exits.
-
-    Where nothing is left to be saved, which the caller says by `interrupt`, the first raises KeyboardInterrupt.
-    """
+    """SIGINT and SIGTERM: the first sets `requested`, at which the iteration ends and is saved; the second exits."""
 
     def __enter__(self):
-        self.requested, self.interrupt, self.previous = False, False, {}
+        self.requested, self.previous = False, {}
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -1606,8 +1606,6 @@ class StopSignal:
         if self.requested:
             os._exit(128 + number)
         self.requested = True
-        if self.interrupt:
-            raise KeyboardInterrupt
         with contextlib.suppress(OSError):  # not print: the signal may have interrupted another print
             os.write(2, b"\nstopping after this iteration; repeat to exit at once\n")
 
@@ -1740,12 +1738,11 @@ def train(args: Args, run_dir: Path, device: torch.device, stop: StopSignal) -> 
 
     evaluation = {}
     try:
-        stop.interrupt = True
         if stopping or stop.requested:  # asked for by the last iteration's end, or since
             raise KeyboardInterrupt
         write_state(run_dir / "model.pt", {"leader": leader.state_dict(), "follower": follower.state_dict()})
         if args.eval_episodes:
-            evaluation = evaluate(leader, follower, args, device)
+            evaluation = evaluate(leader, follower, args, device, stop)
             report_evaluation(run_dir, evaluation)
             for statistic in ("mean", "std"):  # logged a step late, so that a resumed run purges and rewrites it
                 writer.add_scalar(f"eval/{statistic}_return", evaluation[statistic], global_step + 1)
@@ -1756,7 +1753,6 @@ def train(args: Args, run_dir: Path, device: torch.device, stop: StopSignal) -> 
         launcher = f"torchrun {machines}--nproc-per-node={per_machine}" if num_processes > 1 else "python"
         resume = f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run_dir))}"
         print(f"stopped at step {global_step}; continue with: {resume}")
-    stop.interrupt = False
     writer.close()
     return evaluation
 

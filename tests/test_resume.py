@@ -119,6 +119,22 @@ def test_a_signal_during_the_last_save_is_obeyed(script, tmp_path, monkeypatch, 
     assert resume(script, tmp_path / "run")["returns"], "what was left to do is the evaluation"
 
 
+def test_a_signal_during_the_evaluation_ends_it_and_the_run_can_go_on(script, tmp_path, monkeypatch, capsys):
+    run, real = tmp_path / "run", torch.random.fork_rng
+
+    def interrupted(**options):  # called as the first game begins
+        signal.raise_signal(signal.SIGTERM)
+        return real(**options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.random, "fork_rng", interrupted)
+        settings = {**RUN, "total_timesteps": 64, "checkpoint_interval": 0}
+        assert script.main(script.Args(run_dir=str(run), **settings)) == {}
+    assert "stopped at step 64; continue with: python" in capsys.readouterr().out
+    assert (run / "model.pt").exists() and not (run / "evaluation.json").exists()
+    assert resume(script, run)["returns"]
+
+
 @pytest.fixture
 def saved(script, whole, tmp_path):
     """A copy of a finished run, to be damaged; its checkpoints are at 192 and 256."""
@@ -401,7 +417,7 @@ def test_a_loaded_agent_acts_like_the_trained_one(script, tmp_path, monkeypatch)
     obs = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 4, 84, 84), dtype=np.uint8))
     seen = []
 
-    def evaluate(leader, follower, args, device):
+    def evaluate(leader, follower, args, device, stop):
         with torch.no_grad():
             seen.append(follower(leader(obs))[0])
         return {"returns": [0.0], "lengths": [1], "mean": 0.0, "std": 0.0}
