@@ -718,10 +718,8 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
         wandb.init(project="sprig", id=identity, resume="allow", config=record, sync_tensorboard=True)
     if args.resume:
         before = json.loads((run_dir / "args.json").read_text())
-        versions = before.get("versions")
-        if versions != record["versions"]:
-            print(f"warning: {run_dir} was trained with {versions}: no longer bit-identical", file=sys.stderr)
-        history = before.get("resumed", []) + [{"step": global_step, "versions_before": versions}]
+        warn_of_changes(run_dir)
+        history = before.get("resumed", []) + [{"step": global_step, "versions_before": before.get("versions")}]
         write_json(run_dir / "args.json", record | {"resumed": history})  # the new total, device, ...
         return SummaryWriter(run_dir, purge_step=global_step + 1)
     writer = SummaryWriter(run_dir)
@@ -732,15 +730,26 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
 
 def run_record(args: Args) -> dict:
     """What a result depends on: arguments, protocol, versions."""
-    versions = {"script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}
-    versions |= {"python": platform.python_version()}
-    versions |= {name: installed(name) for name in ("torch", "gymnasium", "numpy", *SIMULATORS)}
     return {
         "script": Path(__file__).name,
         "arguments": dataclasses.asdict(args) | {"resume": ""},
         "protocol": env_protocol(args),
-        "versions": versions,
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of its text
+    packages = {name: installed(name) for name in ("torch", "gymnasium", "numpy", *SIMULATORS)}
+    return {"script": script, "python": platform.python_version()} | packages
+
+
+def warn_of_changes(run_dir: Path) -> None:
+    """Say what differs between the script and packages that made a run and those that load it."""
+    before, now = json.loads((run_dir / "args.json").read_text()).get("versions") or {}, versions()
+    changed = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        print(f"warning: {run_dir} is of {'; '.join(changed)}: no longer bit-identical", file=sys.stderr)
 
 
 def installed(package: str) -> str:
@@ -930,6 +939,7 @@ def restore_random_state(states: list[dict]) -> None:
 
 def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
     """The weights of a finished run (model.pt), or of the newest checkpoint of one that is not."""
+    warn_of_changes(run_dir)
     players, path = {"leader": leader, "follower": follower}, run_dir / "model.pt"
     for player in players.values():
         one_vector(player)  # the memory layout of training, on which the rounding of products depends
@@ -953,7 +963,8 @@ def read_args(run_dir: Path) -> Args:
         record = json.loads((run_dir / "args.json").read_text())
         if record["script"] != Path(__file__).name:
             fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
-        saved = check_types(Args(**record["arguments"]))
+        arguments = {name: tuple(x) if isinstance(x, list) else x for name, x in record["arguments"].items()}
+        saved = check_types(Args(**arguments))
         if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
             # today's default need not be what that version did
             way = "go on with that version, or write the value that does what it did into args.json"
@@ -1180,6 +1191,8 @@ def fail(message: str) -> NoReturn:
 def check_types(args: Args) -> Args:
     """Raises ValueError if a field is not of its type, as tyro does, for callers of `main` and for args.json."""
     for name, hint in get_type_hints(Args).items():
+        if get_origin(hint) is tuple:  # in a fork
+            continue
         value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
         if isinstance(value, Path) and str in kinds:
             args, value = dataclasses.replace(args, **{name: str(value)}), str(value)
@@ -1245,7 +1258,7 @@ def check_args(args: Args) -> Args:
         if torch.zeros(1, device=pick_device(args.device)).device.type not in ("cpu", "cuda", "mps"):
             fail(f"--device {args.device} is not a CPU or a GPU")
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+        fail(f"--device {args.device} cannot be used: {one_line(error)}")
     on_gpu = pick_device(args.device).type == "cuda"
     if args.matmul_precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--matmul-precision bfloat16: this GPU does not compute in bfloat16; leave it out")

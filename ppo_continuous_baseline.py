@@ -117,7 +117,8 @@ class Args:
 
     # -- Environment --
     env_id: str = "HalfCheetah-v5"
-    """any Gymnasium id whose observations are vectors, with Box or Discrete actions; dm_control/<domain>-<task>-v0"""
+    """any Gymnasium id (also module:Name-v0, dm_control/<domain>-<task>-v0) whose observations are vectors, with
+    Discrete actions or a Box; to its bounds actions are clipped, not scaled"""
     num_envs: int = 1
     """environments side by side, N"""
     max_episode_steps: int = 0
@@ -186,7 +187,7 @@ def pass_on_warning(message: str) -> None:
 class Plain(gym.Wrapper):
     """Observations float32 (n,), Box actions clipped to their bounds, no info (slow to collect).
 
-    Raises FloatingPointError on an observation that is not finite.
+    Raises FloatingPointError on an observation or a reward that is not finite.
     """
 
     def __init__(self, env: gym.Env):
@@ -202,8 +203,10 @@ class Plain(gym.Wrapper):
         return self.checked(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action):
-        obs, *outcome, _ = self.env.step(action.clip(*self.bounds) if self.bounds else action)
-        return self.checked(obs), *outcome, {}
+        obs, reward, *ends, _ = self.env.step(action.clip(*self.bounds) if self.bounds else action)
+        if not np.isfinite(reward):
+            raise FloatingPointError(f"the reward {reward} is not finite")
+        return self.checked(obs), reward, *ends, {}
 
     def checked(self, obs: np.ndarray) -> np.ndarray:
         """(n,) in float32, in which a finite float64 may overflow."""
@@ -245,12 +248,13 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         mend = f"pip install {package} ({one_line(error)})" if package else one_line(error)
         fail(f"--env-id {args.env_id} needs a package that cannot be imported: {mend}")
     except Exception as error:  # Gymnasium's suggest a near name, the others come of a constructor
-        fail(f"--env-id {args.env_id} cannot be made: {one_line(error)}")
+        atari = "; for Atari there is sprig_atari.py" if re.search("ALE/|NoFrameskip", name) else ""
+        fail(f"--env-id {args.env_id} cannot be made: {one_line(error)}{atari}")
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     observations, actions = env.observation_space, env.action_space
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1 or not observations.shape[0]:
-        fail(f"--env-id {args.env_id} shows {observations}, not a vector; for Atari there is sprig_atari.py")
+        fail(f"--env-id {args.env_id} shows {observations}, not a vector; wrap it, or, for Atari, take sprig_atari.py")
     shape = actions.shape if isinstance(actions, gym.spaces.Box) else ()
     vector = len(shape) == 1 and shape[0] > 0 and actions.dtype.kind == "f"
     if not vector and (not isinstance(actions, gym.spaces.Discrete) or actions.start):
@@ -849,10 +853,8 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
         wandb.init(project="sprig", id=identity, resume="allow", config=record, sync_tensorboard=True)
     if args.resume:
         before = json.loads((run_dir / "args.json").read_text())
-        versions = before.get("versions")
-        if versions != record["versions"]:
-            print(f"warning: {run_dir} was trained with {versions}: no longer bit-identical", file=sys.stderr)
-        history = before.get("resumed", []) + [{"step": global_step, "versions_before": versions}]
+        warn_of_changes(run_dir)
+        history = before.get("resumed", []) + [{"step": global_step, "versions_before": before.get("versions")}]
         write_json(run_dir / "args.json", record | {"resumed": history})  # the new total, device, ...
         return SummaryWriter(run_dir, purge_step=global_step + 1)
     writer = SummaryWriter(run_dir)
@@ -863,15 +865,26 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
 
 def run_record(args: Args) -> dict:
     """What a result depends on: arguments, protocol, versions."""
-    versions = {"script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}
-    versions |= {"python": platform.python_version()}
-    versions |= {name: installed(name) for name in ("torch", "gymnasium", "numpy", *SIMULATORS)}
     return {
         "script": Path(__file__).name,
         "arguments": dataclasses.asdict(args) | {"resume": ""},
         "protocol": env_protocol(args),
-        "versions": versions,
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of its text
+    packages = {name: installed(name) for name in ("torch", "gymnasium", "numpy", *SIMULATORS)}
+    return {"script": script, "python": platform.python_version()} | packages
+
+
+def warn_of_changes(run_dir: Path) -> None:
+    """Say what differs between the script and packages that made a run and those that load it."""
+    before, now = json.loads((run_dir / "args.json").read_text()).get("versions") or {}, versions()
+    changed = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        print(f"warning: {run_dir} is of {'; '.join(changed)}: no longer bit-identical", file=sys.stderr)
 
 
 def installed(package: str) -> str:
@@ -1061,6 +1074,7 @@ def restore_random_state(states: list[dict]) -> None:
 
 def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
     """The weights of a finished run (model.pt), or of the newest checkpoint of one that is not."""
+    warn_of_changes(run_dir)
     players, path = {"leader": leader, "follower": follower}, run_dir / "model.pt"
     for player in players.values():
         one_vector(player)  # the memory layout of training, on which the rounding of products depends
@@ -1084,7 +1098,8 @@ def read_args(run_dir: Path) -> Args:
         record = json.loads((run_dir / "args.json").read_text())
         if record["script"] != Path(__file__).name:
             fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
-        saved = check_types(Args(**record["arguments"]))
+        arguments = {name: tuple(x) if isinstance(x, list) else x for name, x in record["arguments"].items()}
+        saved = check_types(Args(**arguments))
         if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
             # today's default need not be what that version did
             way = "go on with that version, or write the value that does what it did into args.json"
@@ -1314,6 +1329,8 @@ def fail(message: str) -> NoReturn:
 def check_types(args: Args) -> Args:
     """Raises ValueError if a field is not of its type, as tyro does, for callers of `main` and for args.json."""
     for name, hint in get_type_hints(Args).items():
+        if get_origin(hint) is tuple:  # in a fork
+            continue
         value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
         if isinstance(value, Path) and str in kinds:
             args, value = dataclasses.replace(args, **{name: str(value)}), str(value)
@@ -1378,7 +1395,7 @@ def check_args(args: Args) -> Args:
         if torch.zeros(1, device=pick_device(args.device)).device.type not in ("cpu", "cuda", "mps"):
             fail(f"--device {args.device} is not a CPU or a GPU")
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+        fail(f"--device {args.device} cannot be used: {one_line(error)}")
     if args.track and not args.evaluate:
         try:
             import wandb  # noqa: F401

@@ -385,6 +385,8 @@ class Leader(nn.Module):
     a list of K = 3 tensors (B, r, n) for n = 400, 81, 49 locations (see AttentionBlock).
     """
 
+    locations = ((4, 2), (8, 6), (8, 14))  # by layer: pixels for each location, and margin of the first, in a picture
+
     def __init__(self, observation_space: gym.spaces.Box, args: Args):
         super().__init__()
         shapes = ((observation_space.shape[0], 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))  # in, out, kernel, stride
@@ -432,7 +434,7 @@ class Leader(nn.Module):
         frames = obs[:, -1].cpu().numpy()  # (B, 84, 84), the newest of the stack
         rows = []
         for i, frame in enumerate(frames):
-            overlays = [attention_overlay(frame, layer[i].cpu().numpy(), k) for k, layer in enumerate(received)]
+            overlays = [attention_overlay(frame, x[i].cpu().numpy(), *at) for x, at in zip(received, self.locations)]
             rows.append(np.hstack([np.stack([frame] * 3, -1), *overlays]))
         return {"leader/attention_received": np.vstack(rows).repeat(2, axis=0).repeat(2, axis=1)} if received else {}
 
@@ -551,13 +553,13 @@ class TiledAttention(torch.autograd.Function):
         return math.log(2) * grad_query_t.transpose(1, 2), math.log(2) * grad_key, grad_value
 
 
-def attention_overlay(frame: np.ndarray, received: np.ndarray, layer: int) -> np.ndarray:
+def attention_overlay(frame: np.ndarray, received: np.ndarray, stride: int, offset: int) -> np.ndarray:
     """Colour a grey frame (84, 84) by the attention c that each location of a layer receives, (n,).
 
     c is 1 where uniform: there the frame shows as it is. It turns red by 1 - 1/c above and darker
-    below. A location's colour lies on the centre of its receptive field.
+    below. A location's colour lies on the centre of its receptive field: `stride` pixels for each, the
+    first `offset` pixels from the edge.
     """
-    stride, offset = ((4, 2), (8, 6), (8, 14))[layer]  # pixels per location; margin of the first one
     size = round(len(received) ** 0.5)
     share = np.ones(frame.shape, dtype=np.float32)
     inside = slice(offset, offset + stride * size)
@@ -824,7 +826,7 @@ def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tenso
     rewards = rollout.rewards.sign() if args.clip_rewards and not delayed else rollout.rewards
     if args.perception_cost_in_reward:  # R - λ_c C_θ(s), as in Eq. (13)
         with torch.no_grad():
-            costs = [perception_cost(leader(obs, cost_rows(args))[1], args.perception_cost) for obs in rollout.obs]
+            costs = [perceive(leader, obs, args)[1] for obs in rollout.obs]
         rewards = rewards - args.perception_cost_weight * torch.stack(costs)
     return rewards
 
@@ -866,8 +868,7 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
     theta, phi = (list(named_parameters(player).values()) for player in (leader, follower))
 
     # 1. The leader moves: ascend u_L in θ. φ is held fixed (line 12), or the follower's answer anticipated (Eq. 6).
-    features, attention = leader(minibatch.obs, num_rows=cost_rows(args))  # line 7
-    cost = perception_cost(attention, args.perception_cost)  # line 8, Eq. (9)
+    features, cost = perceive(leader, minibatch.obs, args)  # lines 7-8
     logits_before, values = follower(features)  # line 9
     loss, info = leader_loss(logits_before, values, cost, minibatch, args)  # lines 10-11
     if args.leader_gradient == "first-order":
@@ -898,11 +899,10 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
 def simultaneous_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
     """Both players move at once, from the same θ and φ: nobody leads. The rungs between PPO and SPRIG (--update)."""
     theta, phi = (list(named_parameters(player).values()) for player in (leader, follower))
-    features, attention = leader(minibatch.obs, num_rows=cost_rows(args))
+    features, cost = perceive(leader, minibatch.obs, args)
     logits, values = follower(features)
     loss, info = follower_loss(logits, values, minibatch, args)
     if args.update == "simultaneous":
-        cost = perception_cost(attention, args.perception_cost)
         theta_loss, leader_info = leader_loss(logits, values, cost, minibatch, args)  # Eq. (8)
         info |= leader_info
     else:  # PPO's, but θ takes no value gradient
@@ -1066,9 +1066,11 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
     return minibatch
 
 
-def cost_rows(args: Args) -> int:
-    """Query rows per layer that the perception cost is computed from; 0 for all."""
-    return 0 if args.perception_cost == "concentration" else args.cost_rows
+def perceive(leader: Leader, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the leader makes of `obs`, and what it pays for that: (features (B, F), C_θ (B,), Eq. (9))."""
+    num_rows = 0 if args.perception_cost == "concentration" else args.cost_rows  # query rows per layer; 0: all
+    features, attention = leader(obs, num_rows=num_rows)
+    return features, perception_cost(attention, args.perception_cost).expand(len(obs))
 
 
 def descend(optimizers: list, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module) -> torch.Tensor:
@@ -1205,10 +1207,8 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
         wandb.init(project="sprig", id=identity, resume="allow", config=record, sync_tensorboard=True)
     if args.resume:
         before = json.loads((run_dir / "args.json").read_text())
-        versions = before.get("versions")
-        if versions != record["versions"]:
-            print(f"warning: {run_dir} was trained with {versions}: no longer bit-identical", file=sys.stderr)
-        history = before.get("resumed", []) + [{"step": global_step, "versions_before": versions}]
+        warn_of_changes(run_dir)
+        history = before.get("resumed", []) + [{"step": global_step, "versions_before": before.get("versions")}]
         write_json(run_dir / "args.json", record | {"resumed": history})  # the new total, device, ...
         return SummaryWriter(run_dir, purge_step=global_step + 1)
     writer = SummaryWriter(run_dir)
@@ -1219,15 +1219,26 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
 
 def run_record(args: Args) -> dict:
     """What a result depends on: arguments, protocol, versions."""
-    versions = {"script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}
-    versions |= {"python": platform.python_version()}
-    versions |= {name: installed(name) for name in ("torch", "gymnasium", "numpy", *SIMULATORS)}
     return {
         "script": Path(__file__).name,
         "arguments": dataclasses.asdict(args) | {"resume": ""},
         "protocol": env_protocol(args),
-        "versions": versions,
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of its text
+    packages = {name: installed(name) for name in ("torch", "gymnasium", "numpy", *SIMULATORS)}
+    return {"script": script, "python": platform.python_version()} | packages
+
+
+def warn_of_changes(run_dir: Path) -> None:
+    """Say what differs between the script and packages that made a run and those that load it."""
+    before, now = json.loads((run_dir / "args.json").read_text()).get("versions") or {}, versions()
+    changed = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        print(f"warning: {run_dir} is of {'; '.join(changed)}: no longer bit-identical", file=sys.stderr)
 
 
 def installed(package: str) -> str:
@@ -1417,6 +1428,7 @@ def restore_random_state(states: list[dict]) -> None:
 
 def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
     """The weights of a finished run (model.pt), or of the newest checkpoint of one that is not."""
+    warn_of_changes(run_dir)
     players, path = {"leader": leader, "follower": follower}, run_dir / "model.pt"
     for player in players.values():
         one_vector(player)  # the memory layout of training, on which the rounding of products depends
@@ -1440,7 +1452,8 @@ def read_args(run_dir: Path) -> Args:
         record = json.loads((run_dir / "args.json").read_text())
         if record["script"] != Path(__file__).name:
             fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
-        saved = check_types(Args(**record["arguments"]))
+        arguments = {name: tuple(x) if isinstance(x, list) else x for name, x in record["arguments"].items()}
+        saved = check_types(Args(**arguments))
         if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
             # today's default need not be what that version did
             way = "go on with that version, or write the value that does what it did into args.json"
@@ -1667,6 +1680,8 @@ def fail(message: str) -> NoReturn:
 def check_types(args: Args) -> Args:
     """Raises ValueError if a field is not of its type, as tyro does, for callers of `main` and for args.json."""
     for name, hint in get_type_hints(Args).items():
+        if get_origin(hint) is tuple:  # in a fork
+            continue
         value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
         if isinstance(value, Path) and str in kinds:
             args, value = dataclasses.replace(args, **{name: str(value)}), str(value)
@@ -1737,7 +1752,7 @@ def check_args(args: Args) -> Args:
         if torch.zeros(1, device=pick_device(args.device)).device.type not in ("cpu", "cuda", "mps"):
             fail(f"--device {args.device} is not a CPU or a GPU")
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+        fail(f"--device {args.device} cannot be used: {one_line(error)}")
     on_gpu = pick_device(args.device).type == "cuda"
     if args.matmul_precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--matmul-precision bfloat16: this GPU does not compute in bfloat16; leave it out")

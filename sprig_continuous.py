@@ -125,7 +125,8 @@ class Args:
 
     # -- Environment --
     env_id: str = "HalfCheetah-v5"
-    """any Gymnasium id whose observations are vectors, with Box or Discrete actions; dm_control/<domain>-<task>-v0"""
+    """any Gymnasium id (also module:Name-v0, dm_control/<domain>-<task>-v0) whose observations are vectors, with
+    Discrete actions or a Box; to its bounds actions are clipped, not scaled"""
     num_envs: int = 1
     """environments side by side, N"""
     max_episode_steps: int = 0
@@ -251,7 +252,7 @@ def pass_on_warning(message: str) -> None:
 class Plain(gym.Wrapper):
     """Observations float32 (n,), Box actions clipped to their bounds, no info (slow to collect).
 
-    Raises FloatingPointError on an observation that is not finite.
+    Raises FloatingPointError on an observation or a reward that is not finite.
     """
 
     def __init__(self, env: gym.Env):
@@ -267,8 +268,10 @@ class Plain(gym.Wrapper):
         return self.checked(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action):
-        obs, *outcome, _ = self.env.step(action.clip(*self.bounds) if self.bounds else action)
-        return self.checked(obs), *outcome, {}
+        obs, reward, *ends, _ = self.env.step(action.clip(*self.bounds) if self.bounds else action)
+        if not np.isfinite(reward):
+            raise FloatingPointError(f"the reward {reward} is not finite")
+        return self.checked(obs), reward, *ends, {}
 
     def checked(self, obs: np.ndarray) -> np.ndarray:
         """(n,) in float32, in which a finite float64 may overflow."""
@@ -310,12 +313,13 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         mend = f"pip install {package} ({one_line(error)})" if package else one_line(error)
         fail(f"--env-id {args.env_id} needs a package that cannot be imported: {mend}")
     except Exception as error:  # Gymnasium's suggest a near name, the others come of a constructor
-        fail(f"--env-id {args.env_id} cannot be made: {one_line(error)}")
+        atari = "; for Atari there is sprig_atari.py" if re.search("ALE/|NoFrameskip", name) else ""
+        fail(f"--env-id {args.env_id} cannot be made: {one_line(error)}{atari}")
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     observations, actions = env.observation_space, env.action_space
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1 or not observations.shape[0]:
-        fail(f"--env-id {args.env_id} shows {observations}, not a vector; for Atari there is sprig_atari.py")
+        fail(f"--env-id {args.env_id} shows {observations}, not a vector; wrap it, or, for Atari, take sprig_atari.py")
     shape = actions.shape if isinstance(actions, gym.spaces.Box) else ()
     vector = len(shape) == 1 and shape[0] > 0 and actions.dtype.kind == "f"
     if not vector and (not isinstance(actions, gym.spaces.Discrete) or actions.start):
@@ -941,7 +945,7 @@ def learner_rewards(rollout: Rollout, leader: Leader, args: Args) -> torch.Tenso
         rewards = rewards.clamp(-10, 10)
     if args.perception_cost_in_reward:  # R - λ_c C_θ(s), as in Eq. (13)
         with torch.no_grad():
-            costs = [perception_cost(leader(obs, cost_rows(args))[1], args.perception_cost) for obs in rollout.obs]
+            costs = [perceive(leader, obs, args)[1] for obs in rollout.obs]
         rewards = rewards - args.perception_cost_weight * torch.stack(costs)
     return rewards
 
@@ -983,8 +987,7 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
     theta, phi = (list(named_parameters(player).values()) for player in (leader, follower))
 
     # 1. The leader moves: ascend u_L in θ. φ is held fixed (line 12), or the follower's answer anticipated (Eq. 6).
-    features, attention = leader(minibatch.obs, num_rows=cost_rows(args))  # line 7
-    cost = perception_cost(attention, args.perception_cost)  # line 8, Eq. (9)
+    features, cost = perceive(leader, minibatch.obs, args)  # lines 7-8
     logits_before, values = follower(features)  # line 9
     loss, info = leader_loss(logits_before, values, cost, minibatch, args)  # lines 10-11
     if args.leader_gradient == "first-order":
@@ -1015,11 +1018,10 @@ def stackelberg_step(leader, follower, leader_optimizer, follower_optimizer, min
 def simultaneous_step(leader, follower, leader_optimizer, follower_optimizer, minibatch: Batch, args: Args):
     """Both players move at once, from the same θ and φ: nobody leads. The rungs between PPO and SPRIG (--update)."""
     theta, phi = (list(named_parameters(player).values()) for player in (leader, follower))
-    features, attention = leader(minibatch.obs, num_rows=cost_rows(args))
+    features, cost = perceive(leader, minibatch.obs, args)
     logits, values = follower(features)
     loss, info = follower_loss(logits, values, minibatch, args)
     if args.update == "simultaneous":
-        cost = perception_cost(attention, args.perception_cost)
         theta_loss, leader_info = leader_loss(logits, values, cost, minibatch, args)  # Eq. (8)
         info |= leader_info
     else:  # PPO's, but θ takes no value gradient
@@ -1183,9 +1185,11 @@ def select_minibatch(batch: Batch, indices: torch.Tensor, args: Args) -> Batch:
     return minibatch
 
 
-def cost_rows(args: Args) -> int:
-    """Query rows per layer that the perception cost is computed from; 0 for all."""
-    return 0 if args.perception_cost == "concentration" else args.cost_rows
+def perceive(leader: Leader, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the leader makes of `obs`, and what it pays for that: (features (B, F), C_θ (B,), Eq. (9))."""
+    num_rows = 0 if args.perception_cost == "concentration" else args.cost_rows  # query rows per layer; 0: all
+    features, attention = leader(obs, num_rows=num_rows)
+    return features, perception_cost(attention, args.perception_cost).expand(len(obs))
 
 
 def descend(optimizers: list, gradients: list[torch.Tensor], max_norm: float, **players: nn.Module) -> torch.Tensor:
@@ -1322,10 +1326,8 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
         wandb.init(project="sprig", id=identity, resume="allow", config=record, sync_tensorboard=True)
     if args.resume:
         before = json.loads((run_dir / "args.json").read_text())
-        versions = before.get("versions")
-        if versions != record["versions"]:
-            print(f"warning: {run_dir} was trained with {versions}: no longer bit-identical", file=sys.stderr)
-        history = before.get("resumed", []) + [{"step": global_step, "versions_before": versions}]
+        warn_of_changes(run_dir)
+        history = before.get("resumed", []) + [{"step": global_step, "versions_before": before.get("versions")}]
         write_json(run_dir / "args.json", record | {"resumed": history})  # the new total, device, ...
         return SummaryWriter(run_dir, purge_step=global_step + 1)
     writer = SummaryWriter(run_dir)
@@ -1336,15 +1338,26 @@ def start_writer(run_dir: Path, args: Args, global_step: int) -> SummaryWriter:
 
 def run_record(args: Args) -> dict:
     """What a result depends on: arguments, protocol, versions."""
-    versions = {"script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}
-    versions |= {"python": platform.python_version()}
-    versions |= {name: installed(name) for name in ("torch", "gymnasium", "numpy", *SIMULATORS)}
     return {
         "script": Path(__file__).name,
         "arguments": dataclasses.asdict(args) | {"resume": ""},
         "protocol": env_protocol(args),
-        "versions": versions,
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of its text
+    packages = {name: installed(name) for name in ("torch", "gymnasium", "numpy", *SIMULATORS)}
+    return {"script": script, "python": platform.python_version()} | packages
+
+
+def warn_of_changes(run_dir: Path) -> None:
+    """Say what differs between the script and packages that made a run and those that load it."""
+    before, now = json.loads((run_dir / "args.json").read_text()).get("versions") or {}, versions()
+    changed = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        print(f"warning: {run_dir} is of {'; '.join(changed)}: no longer bit-identical", file=sys.stderr)
 
 
 def installed(package: str) -> str:
@@ -1534,6 +1547,7 @@ def restore_random_state(states: list[dict]) -> None:
 
 def load_agent(run_dir: Path, leader: Leader, follower: Follower) -> None:
     """The weights of a finished run (model.pt), or of the newest checkpoint of one that is not."""
+    warn_of_changes(run_dir)
     players, path = {"leader": leader, "follower": follower}, run_dir / "model.pt"
     for player in players.values():
         one_vector(player)  # the memory layout of training, on which the rounding of products depends
@@ -1557,7 +1571,8 @@ def read_args(run_dir: Path) -> Args:
         record = json.loads((run_dir / "args.json").read_text())
         if record["script"] != Path(__file__).name:
             fail(f"{run_dir} is a run of {record['script']}, not of {Path(__file__).name}")
-        saved = check_types(Args(**record["arguments"]))
+        arguments = {name: tuple(x) if isinstance(x, list) else x for name, x in record["arguments"].items()}
+        saved = check_types(Args(**arguments))
         if missing := {field.name for field in dataclasses.fields(Args)} - record["arguments"].keys() - MAY_CHANGE:
             # today's default need not be what that version did
             way = "go on with that version, or write the value that does what it did into args.json"
@@ -1787,6 +1802,8 @@ def fail(message: str) -> NoReturn:
 def check_types(args: Args) -> Args:
     """Raises ValueError if a field is not of its type, as tyro does, for callers of `main` and for args.json."""
     for name, hint in get_type_hints(Args).items():
+        if get_origin(hint) is tuple:  # in a fork
+            continue
         value, kinds = getattr(args, name), get_args(hint) or (hint,)  # the choices of a Literal, or the types
         if isinstance(value, Path) and str in kinds:
             args, value = dataclasses.replace(args, **{name: str(value)}), str(value)
@@ -1856,7 +1873,7 @@ def check_args(args: Args) -> Args:
         if torch.zeros(1, device=pick_device(args.device)).device.type not in ("cpu", "cuda", "mps"):
             fail(f"--device {args.device} is not a CPU or a GPU")
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+        fail(f"--device {args.device} cannot be used: {one_line(error)}")
     if args.track and not args.evaluate:
         try:
             import wandb  # noqa: F401

@@ -115,10 +115,12 @@ class AtariView:
         self.names = [action.name for action in envs.unwrapped.ale.get_action_set()]
 
     def pictures(self, obs: torch.Tensor, leader) -> list[tuple[str, np.ndarray]]:
-        frame, received = obs[0, -1].numpy(), leader.attention_received(obs)
+        frame = obs[0, -1].numpy()
+        received = leader.attention_received(obs) if hasattr(leader, "attention_received") else []
         pictures = [("seen", cv2.cvtColor(frame, cv2.COLOR_GRAY2RGB))]
         for layer, weights in enumerate(received):
-            pictures.append((f"layer {layer + 1} attends", self.overlay(frame, weights[0].numpy(), layer)))
+            overlay = self.overlay(frame, weights[0].numpy(), *leader.locations[layer])
+            pictures.append((f"layer {layer + 1} attends", overlay))
         scale = 4 if received else 8  # screen pixels per observed pixel
         return [(title, picture.repeat(scale, axis=0).repeat(scale, axis=1)) for title, picture in pictures]
 

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 TWINS = {"ppo_atari_baseline": ppo_atari_baseline, "sprig_atari": sprig_atari}
 CONTINUOUS = {"ppo_continuous_baseline": ppo_continuous_baseline, "sprig_continuous": sprig_continuous}
 # What holds for any script is tested on forks as well: FORKS="my_sprig my_atari" pytest -k my_
-FORKS = {name: importlib.import_module(name) for name in os.environ.get("FORKS", "").split()}
+forks = [name.removesuffix(".py") for name in os.environ.get("FORKS", "").replace(",", " ").split()]
+FORKS = {name: importlib.import_module(name) for name in forks}
 ATARI = TWINS | {name: fork for name, fork in FORKS.items() if "ale-py" in fork.SIMULATORS}
 VECTORS = CONTINUOUS | {name: fork for name, fork in FORKS.items() if name not in ATARI}
 

@@ -522,13 +522,41 @@ def test_gates_start_at_zero_and_attention_then_changes_nothing():
     assert torch.equal(gated(obs), plain(obs))
 
 
+@pytest.mark.parametrize("script", [sprig, CONTINUOUS["sprig_continuous"]], ids=lambda script: script.__name__)
+def test_a_price_of_ones_own_is_paid_whoever_moves_first_and_in_the_reward(script, monkeypatch):
+    """What README says: all that the leader pays for comes out of `perceive`."""
+    perceive = script.perceive
+    monkeypatch.setattr(script, "perceive", lambda *inputs: (lambda f, c: (f, c + 10))(*perceive(*inputs)))
+    for method in ("stackelberg", "simultaneous"):
+        env_id = {} if script is sprig else {"env_id": "CartPole-v1"}
+        args = script.Args(update=method, minibatch_size=8, num_steps=4, num_envs=2, **env_id)
+        args = dataclasses.replace(args, attention="none", perception_cost_in_reward=True)
+        envs = script.make_envs(args)
+        leader = script.Leader(envs.single_observation_space, args)
+        follower = script.Follower(leader.num_features, envs.single_action_space)
+        rollout = script.allocate_rollout(args, envs, torch.device("cpu"))
+        obs, _ = envs.reset(seed=1)
+        script.collect_rollout(envs, obs, leader, follower, rollout, False)
+        envs.close()
+        free = script.learner_rewards(rollout, leader, dataclasses.replace(args, perception_cost_in_reward=False))
+        rewards = script.learner_rewards(rollout, leader, args)
+        if script is sprig:  # on vectors the first call moves the normaliser
+            torch.testing.assert_close(free - rewards, torch.full((4, 2), 10 * args.perception_cost_weight))
+        assert rewards.shape == (4, 2)
+        columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, rewards, rewards)
+        batch = script.Batch(*(x.flatten(0, 1) for x in columns))
+        optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
+        info = script.update(leader, follower, *optimizers, batch, args)
+        assert info["leader/perception_cost"] == pytest.approx(10)
+
+
 def test_overlay_lands_where_the_attention_is():
     """A one-hot map colours the pixels at the centre of that location's receptive field, no others."""
     leader = sprig.Leader(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), sprig.Args(attention="none"))
     for layer, (size, location) in enumerate([(20, (3, 17)), (9, (8, 1)), (7, (0, 5))]):
         received = np.zeros(size * size)
         received[location[0] * size + location[1]] = size * size
-        picture = sprig.attention_overlay(np.full((84, 84), 100, np.uint8), received, layer)
+        picture = sprig.attention_overlay(np.full((84, 84), 100, np.uint8), received, *leader.locations[layer])
         coloured = np.argwhere(picture[..., 0] != picture[..., 1])
         # what that location of the convolutional map really depends on, by its gradient
         pixels = torch.zeros(1, 4, 84, 84, requires_grad=True)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -263,6 +264,20 @@ def test_a_saved_argument_of_another_type_is_named(script, saved, name, value):
         script.read_args(saved)
 
 
+def test_what_has_changed_since_training_is_named_wherever_the_run_is_loaded(script, saved, capsys):
+    args = script.dataclasses.replace(script.read_args(saved), evaluate=str(saved))
+    script.main(args)
+    assert "warning" not in capsys.readouterr().err
+    record = json.loads((saved / "args.json").read_text())
+    record["versions"] |= {"script": "another text", "numpy": "1.0"}
+    (saved / "args.json").write_text(json.dumps(record))
+    script.main(args)
+    resume(script, saved, total_timesteps=288)
+    first, second = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    now = script.versions()
+    assert first == second and f"script another text, now {now['script']}; numpy 1.0, now {now['numpy']}: no" in first
+
+
 def test_a_run_that_was_moved_is_evaluated(saved, script, tmp_path):
     moved = saved.rename(tmp_path / "moved here")
     args = script.dataclasses.replace(script.read_args(moved), evaluate=str(moved), run_dir="")
@@ -375,7 +390,8 @@ def test_a_value_that_is_not_finite_stops_before_the_step(script, where):
         next(leader.parameters()).data[0, 0] = float("inf")
     batch = script.Batch(obs, torch.zeros(8).long(), torch.zeros(8), torch.zeros(8), advantages, torch.randn(8))
     before = [p.clone() for module in (leader, follower) for p in module.parameters()]
-    expected = "the parameter leader.conv" if where == "parameter" else "is not finite"
+    first = next(name for name, _ in leader.named_parameters())
+    expected = re.escape(f"the parameter leader.{first}") if where == "parameter" else "is not finite"
     with pytest.raises(FloatingPointError, match=expected):
         script.update(leader, follower, *optimizers, batch, script.dataclasses.replace(args, minibatch_size=8))
     after = [p for module in (leader, follower) for p in module.parameters()]
