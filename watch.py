@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -75,6 +76,7 @@ def load_run(run: Path):
     if sys.platform == "linux":  # read when MuJoCo is imported; elsewhere its own choice is right
         without_display = "egl" if ctypes.util.find_library("EGL") else "disable"  # disable: grey pictures
         os.environ.setdefault("MUJOCO_GL", "glfw" if "DISPLAY" in os.environ else without_display)
+        os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())  # SDL complains if it is missing
     script = importlib.import_module(Path(name).stem)
     if not hasattr(script, "load_agent"):
         raise SystemExit(f"error: {run} is a run of {name}, which cannot be watched")

@@ -48,6 +48,7 @@ The same for every matrix:
 """
 
 import csv
+import difflib
 import gzip
 import hashlib
 import itertools
@@ -843,7 +844,8 @@ def fill(document: Path, tables: dict[str, str]) -> str:
     names = re.findall(r"<!-- table: (.+?) -->", text)
     for name in names:
         if name not in tables:
-            fail(f"{document} asks for the table {name!r}; there are {', '.join(tables)}")
+            near = difflib.get_close_matches(name, tables, n=5, cutoff=0.0)
+            fail(f"{document} asks for the table {name!r}; of {len(tables)} tables the nearest are {', '.join(near)}")
     whole = re.compile(r"(<!-- table: (.+?) -->\n)((?:(?!<!-- table).)*?)(<!-- end -->)", re.S)
     if len(whole.findall(text)) != len(names):
         fail(f"{document}: a '<!-- table: ... -->' has no '<!-- end -->' before the next one")
