@@ -126,7 +126,7 @@ def gradient_step(script, settings, side: int):
 def measure_point(args: Args) -> dict:
     """One point, in this process."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     family, name, sweep, size = args.point
     if sweep == "processes":
@@ -142,9 +142,15 @@ def measure_point(args: Args) -> dict:
         settings = dataclasses.replace(settings, minibatch_size=size if sweep == "minibatch" else 32)
         side = size if sweep in ("resolution", "entries") else {"atari": 84, "continuous": 17}[family]
         work = gradient_step(script, settings, side)
-    on_gpu = args.device != "cpu"
+    on_gpu, attention = args.device != "cpu", torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    fused = {  # the CPU's kernel, which the counter does not know
+        attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
+        ),
+    }
     with torch.inference_mode() if sweep == "environments" else torch.enable_grad():
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=fused) as counter:
             work()
         times = []
         while len(times) < 5 or (sum(times) < 2 and len(times) < 200):

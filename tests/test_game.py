@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, build, last_gradients, plain_attention, random_batch
+from conftest import CONTINUOUS, TWINS, build, last_gradients, plain_attention, random_batch
 
 import ppo_atari_baseline as ppo
 import sprig_atari as sprig
@@ -305,15 +305,19 @@ def test_perception_cost_in_reward_is_subtracted():
 
 
 # -- Attention -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("n", "channels", "samples", "scale"), [(400, 32, 11, 1), (400, 32, 11, 30), (81, 64, 3, 1), (49, 64, 3, 1)]
-)
-def test_fused_and_plain_attention_agree(n, channels, samples, scale):
+ON_PIXELS = [
+    ("sprig_atari", n, c, c // 8, b, scale) for n, c, b, scale in ((400, 32, 11, 1), (400, 32, 11, 30), (81, 64, 3, 1))
+]
+ON_VECTORS = [("sprig_continuous", n, 16, 4, 5, scale) for n, scale in ((17, 1), (120, 1), (348, 30))]
+
+
+@pytest.mark.parametrize(("name", "n", "channels", "width", "samples", "scale"), ON_PIXELS + ON_VECTORS)
+def test_fused_and_plain_attention_agree(name, n, channels, width, samples, scale):
     """In whole tiles and the rest of one, and with scores whose exponentials would overflow."""
-    widths = (channels // 8, channels // 8, channels)
-    query, key, value = (torch.randn(samples, n, width, requires_grad=True) for width in widths)
+    script = (TWINS | CONTINUOUS)[name]
+    query, key, value = (torch.randn(samples, n, size, requires_grad=True) for size in (width, width, channels))
     grad = torch.randn(samples, n, channels)
-    outputs = [attend(scale * query, key, value) for attend in (sprig.attend, plain_attention)]
+    outputs = [attend(scale * query, key, value) for attend in (script.attend, plain_attention)]
     tolerance = dict.fromkeys(("atol", "rtol"), 1e-5 * scale)  # the larger a score, the coarser its exponential
     torch.testing.assert_close(*outputs, **tolerance)
     for a, b in zip(*(torch.autograd.grad(output, (query, key, value), grad) for output in outputs)):
