@@ -73,7 +73,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before there is a process group: imported later, it would keep that
+import torch.distributed.nn.functional  # now, not in Adam's first step: it keeps the process group of that moment
 import torch.nn as nn
 import tyro
 from torch.distributions import Categorical, Distribution, Independent, Normal
@@ -350,10 +350,10 @@ def make_envs(args: Args, render_mode: str | None = None) -> gym.vector.VectorEn
 
 
 def env_seeds(seed: int, *stream: int, num_envs: int) -> np.ndarray:
-    """(N,) seeds, one per game. Streams: 0 training, 1 evaluation, 2 and 3 watch.py and benchmark/, 4 processes' draws.
+    """(N,) seeds, one per game, hashed: with seed, seed + 1, ... the runs of neighbouring seeds would share games.
 
-    Hashed, since with seed, seed + 1, ... the runs of neighbouring seeds would play the same games. Zeros at the end of
-    a stream do not count: 2 and 2, 0 are the same.
+    The first number of `stream` says what they are for: 0 training (then the step), 1 evaluation, 2 watch.py, 3
+    benchmark/, 4 each process's own draws. Zeros at its end do not count: (2,) and (2, 0) give the same.
     """
     return (np.random.SeedSequence([seed, *stream]).generate_state(num_envs) >> 1).astype(np.int64)  # 31 bits: a C int
 
@@ -561,7 +561,7 @@ def collect_rollout(
     """
     num_steps, num_envs = rollout.rewards.shape
     rewards, terminations, dones = (np.zeros((num_steps, num_envs), dtype=np.float32) for _ in range(3))
-    late_values, games, all_logits = [], [], []
+    truncation_values, games, all_logits = [], [], []
     agent = torch.compile(act) if compiled else act
     on_gpu = rollout.obs.is_cuda  # a GPU copies from page-locked memory while the host goes on
     staging = torch.empty(obs.shape, dtype=rollout.obs.dtype, pin_memory=on_gpu)
@@ -577,7 +577,7 @@ def collect_rollout(
         truncated_only = truncated & ~terminated
         if truncated_only.any():  # rare: bootstrap from the final observation, not from the next game's first
             final_obs = torch.from_numpy(np.stack(info["final_obs"][truncated_only])).to(rollout.obs.device)
-            late_values.append((t, torch.from_numpy(truncated_only), follower(leader(final_obs))[1]))
+            truncation_values.append((t, torch.from_numpy(truncated_only), follower(leader(final_obs))[1]))
         if "_episode" in info:
             for row in np.flatnonzero(info["_episode"]):
                 games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
@@ -586,7 +586,7 @@ def collect_rollout(
     rollout.logprobs.copy_(logprobs.view(num_steps, num_envs))
     rollout.next_values[:-1] = rollout.values[1:]
     rollout.next_values[-1] = follower(leader(torch.from_numpy(obs).to(rollout.obs.device)))[1]
-    for t, rows, values in late_values:
+    for t, rows, values in truncation_values:  # now: what was shifted above would have overwritten them
         rollout.next_values[t, rows.to(values.device)] = values
     for target, source in zip((rollout.rewards, rollout.terminations, rollout.dones), (rewards, terminations, dones)):
         target.copy_(torch.from_numpy(source))
@@ -744,6 +744,7 @@ def descend(optimizers: list, gradients: list[torch.Tensor], max_norm: float, **
         require_finite({f"the gradient of {name}": piece for name, piece in zip(parameters, gradients)})
         require_finite({"the gradient's norm": norm})
     gradient *= (max_norm / (norm + 1e-6)).clamp(max=1)
+    # An optimizer holds one flat vector, of which its player's parameters are views (see one_vector).
     vectors = [vector for optimizer in optimizers for group in optimizer.param_groups for vector in group["params"]]
     for vector, piece in zip(vectors, gradient.split([vector.numel() for vector in vectors])):
         vector.grad = piece.view_as(vector)
@@ -1269,7 +1270,9 @@ def train(args: Args, run_dir: Path, device: torch.device, stop: StopSignal) -> 
                 if stopping or iteration + 1 == num_iterations:
                     break
                 envs.close()
-                envs = make_envs(my_args)  # as a resumed run has them: some (BipedalWalker) keep state over a reset
+                # A checkpoint holds no games: every run begins new ones here, as one resumed from it does, which
+                # makes resuming exact. (In new environments: some, like BipedalWalker, keep state over a reset.)
+                envs = make_envs(my_args)
                 obs = restart(envs, args, global_step)
                 leader.normaliser.forget_episodes()
     envs.close()
