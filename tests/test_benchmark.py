@@ -339,7 +339,7 @@ BAD = {
     "two GPUs": ({"seeds = [1]": "seeds = [1]\ngpus = 2"}, "gpus must lie in [0, 1]"),
     "hidden GPU": ({"num-steps = 32": "num-steps = 32\ndevice = 'cuda'"}, "device = 'cuda', but gpus = 0"),
     "the script's own check": ({"minibatch-size = 32": "minibatch-size = 7"}, "arms.ppo: --minibatch-size 7 does not"),
-    "unknown task": ({"CartPole-v1": "CartPol-v1"}, "did you mean CartPole-v1?"),
+    "unknown task": ({"CartPole-v1": "CartPol-v1"}, "Did you mean: `CartPole`"),
 }
 
 
