@@ -38,8 +38,8 @@ Changes relative to sprig_atari.py: environments, normaliser, tokens, gated laye
 Everything else is the same code.
 
 Read first: Args, Leader, AttentionBlock, Follower, the losses, update and stackelberg_step (some 400 lines). Then
-collect_rollout, compute_gae and leader_gradient. The rest is machinery: fast attention, logging, checkpoints and, at
-the end, the checks of arguments and the set-up of the process.
+collect_rollout, compute_gae and leader_gradient. The rest is machinery: logging, checkpoints and, at the end, the
+checks of arguments and the set-up of the process.
 """
 
 import contextlib

@@ -419,8 +419,8 @@ def game(P, R, gamma, cells, costs):
     return TabularMdp(P, R, gamma), np.array(cells), np.repeat(np.array(costs, dtype=float)[:, None], len(R), axis=1)
 
 
-def counter_examples() -> dict[str, dict[str, float]]:
-    """Small games on which the printed claims fail, each with its numbers (all of them values at the first state)."""
+def small_games() -> dict[str, tuple]:
+    """Games on which the printed claims fail, by name, each as `game` returns it."""
     # A fork leads left or right by chance; left, the first action pays 1, right the second; then the game is over.
     P, R = np.zeros((3, 2, 3)), np.zeros((3, 2))
     P[0, :, 1:], R[1, 0], R[2, 1] = 0.5, 1, 1
@@ -439,6 +439,12 @@ def counter_examples() -> dict[str, dict[str, float]]:
     # The first action ends the game, the second pays a little and stays, which costs perception at every step.
     P = np.array([[[0.0], [1]]])
     stay = game(P, np.array([[0, 0.01]]), 0.9, [[0]], [1])
+    return {"fork": fork, "circuit": circuit, "clock": clock, "rooms": rooms, "stay": stay}
+
+
+def counter_examples() -> dict[str, dict[str, float]]:
+    """What the printed claims come to in `small_games`: by claim, its numbers, all of them values at the start."""
+    fork, circuit, clock, rooms, stay = small_games().values()
 
     def value(case, lam, follower="cooperative"):
         """(f* at the first state under its best action, the perception that wins there)."""

@@ -142,12 +142,10 @@ def measure_point(args: Args) -> dict:
         settings = dataclasses.replace(settings, minibatch_size=size if sweep == "minibatch" else 32)
         side = size if sweep in ("resolution", "entries") else {"atari": 84, "continuous": 17}[family]
         work = gradient_step(script, settings, side)
-    on_gpu, attention = args.device != "cpu", torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    on_gpu, aten = args.device != "cpu", torch.ops.aten
     fused = {  # the CPU's kernel, which the counter does not know
-        attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
-        ),
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *x, **_: sdpa_flop_count(*x[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *x, **_: sdpa_backward_flop_count(*x[:4]),
     }
     with torch.inference_mode() if sweep == "environments" else torch.enable_grad():
         with FlopCounterMode(display=False, custom_mapping=fused) as counter:

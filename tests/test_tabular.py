@@ -330,10 +330,8 @@ def test_counter_examples_have_the_values_worked_out_by_hand():
 
 
 def test_one_theta_can_reach_the_fixed_point_if_its_price_depends_on_the_state():
-    P, R = np.zeros((4, 2, 4)), np.zeros((4, 2))  # the circuit of `counter_examples`
-    P[0, :, 1:3], P[1:3, :, 3], P[3, :, 0], R[1, 0], R[2, 1] = 0.5, 1, 1, 1, 1
-    mdp, cells = TabularMdp(P, R, 0.9), np.array([[0, 0, 0, 0], [0, 1, 2, 3], [0, 1, 2, 3]])
-    costs = np.array([[0.0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])  # the third pays where it is used alone
+    mdp, cells, costs = tabular.small_games()["circuit"]
+    cells, costs = np.vstack([cells, cells[1]]), np.vstack([costs, [1, 0, 0, 0]])  # it pays where it is used alone
     f, _ = solve(mdp, cells, costs, 0.1, tol=1e-12)
     k, _, value = global_equilibrium(mdp, cells, costs, 0.1, 0)
     assert k == 2 and value == pytest.approx(f[0].max()) == pytest.approx(0.8 / (1 - 0.9**3))

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, ROOT, TWINS
+from conftest import CONTINUOUS, ROOT
 
 import watch
 
@@ -28,9 +28,8 @@ def test_video_and_sheet_show_every_step_truthfully(script, run):
     envs.close()
     video = cv2.VideoCapture(str(video_path))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == len(moments) == 25
-    num_layers = script.__name__ == "sprig_atari" and 3
-    if script.__name__ not in TWINS and hasattr(leader, "attention_received"):  # a fork's
-        num_layers = len(leader.attention_received(torch.from_numpy(obs)))
+    received = leader.attention_received(torch.from_numpy(obs)) if hasattr(leader, "attention_received") else []
+    num_layers = {"ppo_atari_baseline": 0, "sprig_atari": 3}.get(script.__name__, len(received))  # last: of a fork
     scale = 4 if num_layers else 8
     for step, moment in enumerate(moments):
         _, frame = video.read()
