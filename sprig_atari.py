@@ -19,8 +19,8 @@ Internal Game Dynamics", arXiv 2502.14264. Equation and line numbers below are t
 Algorithm 1); DEVIATION marks each place where this code does not do what is printed there, with
 its row in docs/paper.md. `--paper-literal` runs the paper as printed.
 
-Measured so far (BeamRiderNoFrameskip-v4, AMD EPYC CPU, torch 2.13.0, ale-py 0.12.1; 30 games each): 533 points
-after 502k agent steps (mean of seeds 1 to 5; 477 to 607), where a random agent scores 361; README compares.
+Measured so far (BeamRiderNoFrameskip-v4, AMD EPYC CPU, torch 2.13.0, ale-py 0.12.1; 30 games each): 530 points
+after 1.0M agent steps (mean of seeds 1 to 5; 493 to 577), where a random agent scores 361; README compares.
 
 Changes relative to ppo_atari_baseline.py: the leader has LayerNorm, attention and a feature scale,
 pays for its attention, and moves first on a utility of its own; the follower then takes PPO's step

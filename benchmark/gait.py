@@ -74,7 +74,7 @@ def over_arms(rows: list[list[str]]) -> list[list[str]]:
     for agent, episodic_return, share, _ in rows[1:]:
         arms.setdefault(without_seed(agent), []).append((float(share), float(episodic_return)))
     columns = [f"{who}: {what}" for who in ("those", "all others") for what in ("share of steps on the back", "return")]
-    table, reference = [["arm", "agents on their feet", *columns, "Fisher's p against the first arm"]], None
+    table, reference = [["arm", "agents on their feet", *columns, "Fisher's p against the first row"]], None
     for arm, agents in arms.items():
         by_gait = [[agent for agent in agents if (agent[0] < 0.5) == on_feet] for on_feet in (True, False)]
         counts = [len(group) for group in by_gait]

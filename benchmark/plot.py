@@ -637,6 +637,13 @@ def command(matrix: Matrix) -> str:
     return f"python benchmark/run.py benchmark/matrices/{matrix.name}.toml"
 
 
+def arm_name(runs: str, matrices: dict[str, Matrix]) -> str:
+    """The arm of runs/<matrix>/<task>__<arm> by its title, with the task; other names as they are."""
+    match = re.fullmatch(r"runs/(.+)/(.+?)__(.+)", runs)
+    title = match and match[1] in matrices and matrices[match[1]].titles.get(match[3])
+    return f"{title} ({match[2]})" if title else runs
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -891,6 +898,7 @@ def main(args: Args) -> None:
         if len(rows) < 2 or len(set(map(len, rows))) > 1:
             fail(f"{path} is no table with a head and rows of equal length")
         head, *rows = gait.over_arms(rows) if path.stem.startswith("gait") else probe.over_seeds(rows)
+        rows = [[arm_name(name, matrices), *cells] for name, *cells in rows]
         tables[path.stem] = render(head, rows)
     if (path := args.results / "decisions.csv").exists():
         tables[path.stem] = render(*decisions.report(path))

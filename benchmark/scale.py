@@ -222,7 +222,7 @@ def growth(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
 def report(rows: list[dict], heading: str) -> str:
     """The table: the ends of each sweep, and the growth between them."""
-    columns = ["", "", "sizes", "ms", "time ~ size to the (at the end)", "operations (at the end)", "peak memory, MiB"]
+    columns = ["", "", "sizes", "ms", "exponent of time (last part)", "of operations (last part)", "peak memory, MiB"]
     lines = []
     for (family, sweep, name), (sizes, seconds, megaflop, memory) in medians(rows).items():
         cells = [

@@ -66,6 +66,10 @@ SETTINGS = {
 CLEANRL_SCRIPTS = {"atari": "cleanrl/ppo_atari.py", "continuous": "cleanrl/ppo_continuous_action.py"}
 CLEANRL_TASKS = {"atari": "ale_py:BeamRiderNoFrameskip-v4", "continuous": "HalfCheetah-v4"}  # ale_py: import it
 OPERATIONS = 10  # shown of a profile
+LIMITS = {  # what the table calls them
+    "limit: bare update": "steps/s if only gradient steps took time",
+    "limit: arithmetic": "steps/s if only arithmetic took time",
+}
 COLUMNS = ("contestant", "round", "quantity", "value")
 PHASES = ("emulator", "inference", "leader", "follower", "joint step", "logging", "other")
 
@@ -486,7 +490,7 @@ def report(rows: list[dict], heading: str) -> str:
             continue
         form = ".0%" if quantity.startswith("share") else ",.0f"
         cells = (f"{measured[quantity]:{form}}" if quantity in measured else "" for measured in clocked.values())
-        lines.append(f"| {quantity} | " + " | ".join(cells) + " |")
+        lines.append(f"| {LIMITS.get(quantity, quantity)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -133,6 +133,14 @@ def test_what_the_probe_found_is_a_table(made):
     assert rows_of(made) == [["run", "runs", "R²"], ["runs/x__a", "2", "0.50 ± 0.35"]]
 
 
+def test_rows_of_a_matrix_carry_its_arms_titles(made):
+    names = ["runs/m/C-v1__a1__1", "runs/m/C-v1__a1__2", "runs/m/C-v1__other__1", "runs/n/C-v1__a1__1"]
+    (made.results / "probe_x.csv").write_text("run,R²\n" + "".join(f"{name},0.5\n" for name in names))
+    made.documents[0].write_text("<!-- table: probe_x -->\n<!-- end -->\n")
+    titles = [row[0] for row in rows_of(made)[1:]]
+    assert titles == ["A1 (C-v1)", "runs/m/C-v1__other", "runs/n/C-v1__a1"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("<!-- table: n -->\n<!-- end -->", "'n'"), ("<!-- table: m -->\n", "no '<!-- end -->'")],
