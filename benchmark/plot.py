@@ -8,8 +8,8 @@ the arms' titles and order (the first is the reference). Writes `<results>/<matr
 in the documents all that stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is
 
 - a matrix (its scores), a matrix and "seeds" (every seed's final score), "comparison" (of final scores), "comparison
-  over training" (of their means), "contrasts" (sums and differences of arms that its `[contrasts]` name) or "thirds"
-  (scores at a third of the steps);
+  over training" (of their means), "across tasks" (the latter's interquartile means), "contrasts" (sums and differences
+  of arms that its `[contrasts]` name) or "thirds" (scores at a third of the steps);
 - "runs": how much of each matrix has been run;
 - "speed...", "scale...": what speed.py and scale.py left in NAME.csv, under the first line of NAME.md; with "summary"
   only the first table of it;
@@ -611,11 +611,26 @@ def thirds_table(matrix: Matrix, runs: dict) -> str:
             if arm != reference and (steps, reference) in groups:
                 early = [run.curve[POINTS // 3 - 1] for run in group]
                 late = [run.final for run in groups[steps, reference]]
-                rows.append([task, f"{steps:,}", matrix.titles[arm], summary(early), summary(late)])
+                row = [task, f"{steps:,}", matrix.titles[arm], summary(early), summary(late)]
+                x, base = (np.array(scores)[np.isfinite(scores)] for scores in (early, late))
+                if min(len(x), len(base)) < TESTABLE:
+                    rows.append([*row, "too few seeds", ""])
+                    continue
+                estimate, half, p = contrast([(1, x), (-1, base)])
+                tested = [number(estimate), "no spread"] if np.isnan(p) else [with_interval(estimate, half), p_value(p)]
+                rows.append(row + tested)
     if not rows:
         return "Not run yet."
     head = ["task", "agent steps", "arm", "return at a third of the steps"]
-    return render([*head, f"{matrix.titles[reference]}'s at their end"], rows)
+    return render([*head, f"{matrix.titles[reference]}'s at their end", "difference", "Welch's p, not corrected"], rows)
+
+
+def across_table(matrix: Matrix, runs: dict) -> str:
+    """The interquartile mean over tasks of each arm's mean over training, as in "comparison over training"."""
+    rows, _ = aggregate(matrix, runs, "area")
+    reference = next(iter(matrix.titles.values()))
+    head = ["arm", "tasks", "seeds", f"interquartile mean of mean over training / {reference}'s"]
+    return render(head, [row[:4] for row in rows]) if rows else "Not run yet."
 
 
 def runs_table(matrices: dict[str, Matrix], results: dict[str, dict]) -> str:
@@ -870,13 +885,14 @@ def main(args: Args) -> None:
     for name, matrix in matrices.items():
         runs, others = read_runs(args.results / name, matrix)
         compared = {"final": f"{name} comparison", "area": f"{name} comparison over training"}
-        for table in (name, f"{name} seeds", f"{name} thirds", *compared.values()):
+        for table in (name, f"{name} seeds", f"{name} thirds", f"{name} across tasks", *compared.values()):
             tables[table] = f"Not run yet: `{command(matrix)}`."
         if runs:
             results[name] = runs
             tables[name] = scores_table(matrix, runs, others)
             tables[f"{name} seeds"] = seeds_table(matrix, runs)
             tables[f"{name} thirds"] = thirds_table(matrix, runs)
+            tables[f"{name} across tasks"] = across_table(matrix, runs)
             for score, table in compared.items():
                 tables[table] = comparison_table(matrix, runs, score)
             figures[args.results / f"{name}.png"] = draw(matrix, runs, args.results)

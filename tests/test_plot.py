@@ -430,7 +430,33 @@ def test_thirds_stand_beside_the_references_end(made):
     steps = np.arange(1.0, 301)  # returns that are the step
     runs = {"T": {(300, arm): [plot.Run(arm, 1, 300, np.stack([steps] * 3, 1), None, "")] for arm in ("ppo", "a1")}}
     matrix = plot.read_matrix(made.matrices / "m.toml")
-    assert plot.thirds_table(matrix, runs).endswith("| 84.5 | 286 |")  # of steps 70 to 99, and 271 to 300
+    # of steps 70 to 99, and 271 to 300
+    assert plot.thirds_table(matrix, runs).endswith("| 84.5 | 286 | too few seeds |  |")
+
+
+def test_thirds_are_tested_by_welch(made):
+    for seed in range(1, 6):
+        put(made.results / "m" / "Task-v1", "ppo", seed, 100 + seed)
+        put(made.results / "m" / "Task-v1", "a1", seed, 90 + 3 * seed)
+    made.documents[0].write_text("<!-- table: m thirds -->\n<!-- end -->\n")
+    (row,) = rows_of(made)[1:]
+    test = stats.ttest_ind(
+        [90.5 + 3 * seed for seed in range(1, 6)], [100.5 + seed for seed in range(1, 6)], equal_var=False
+    )
+    assert row[2] == "A1" and row[5].startswith("-4.0 [") and float(row[6]) == pytest.approx(test.pvalue, abs=5e-4)
+
+
+def test_interquartile_means_across_tasks_are_those_of_the_comparison(made):
+    for task in ("Task-v1", "other-Task-v1"):
+        for seed in range(1, 6):
+            put(made.results / "m" / task, "ppo", seed, 100 + seed)
+            put(made.results / "m" / task, "a1", seed, 120 + seed)
+    page = made.documents[0]
+    page.write_text(
+        "<!-- table: m across tasks -->\n<!-- end -->\n<!-- table: m comparison over training -->\n<!-- end -->\n"
+    )
+    rows = rows_of(made)
+    assert rows[1][:2] == ["A1", "Task-v1, other/Task-v1"] and rows[1] == rows[-1][:4]
 
 
 def test_an_arm_can_be_the_beginning_of_the_longer_runs_of_another_matrix(made):
