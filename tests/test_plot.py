@@ -456,7 +456,7 @@ def test_interquartile_means_across_tasks_are_those_of_the_comparison(made):
         "<!-- table: m across tasks -->\n<!-- end -->\n<!-- table: m comparison over training -->\n<!-- end -->\n"
     )
     rows = rows_of(made)
-    assert rows[1][:2] == ["A1", "Task-v1, other/Task-v1"] and rows[1] == rows[-1][:4]
+    assert rows[1][:2] == ["A1", "Task-v1, other-Task-v1"] and rows[1] == rows[-1][:4]
 
 
 def test_an_arm_can_be_the_beginning_of_the_longer_runs_of_another_matrix(made):
