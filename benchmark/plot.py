@@ -535,7 +535,8 @@ def aggregate(matrix: Matrix, runs: dict, score: str) -> tuple[list[list], list[
     return rows, left_out
 
 
-def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
+def comparison_table(matrix: Matrix, runs: dict, score: str, aggregated: tuple[list[list], list[str]]) -> str:
+    """What `compare` and `aggregate` say of a score."""
     reference = next(iter(matrix.titles.values()))
     rows = compare(matrix, runs, score)
     if not rows:
@@ -543,7 +544,7 @@ def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
     head = ["task", "agent steps", "arm", "seeds", f"{SCORES[score]} / {reference}'s", "difference"]
     text = render([*head, "Hedges' g", "Welch's p", "permutation p"], rows)
     seeds = {tuple(map(int, re.findall(r"\d+", row[3]))) for row in rows}
-    rows, left_out = aggregate(matrix, runs, score)
+    rows, left_out = aggregated
     if rows:
         head = ["arm", "tasks", "seeds", "interquartile mean", "mean", f"probability of improvement over {reference}"]
         head.append(f"interquartile mean of {reference} itself")
@@ -563,6 +564,14 @@ def comparison_table(matrix: Matrix, runs: dict, score: str) -> str:
     if NO_INTERVAL in text:
         text += f" No interval of a ratio where {reference}'s mean may be zero."
     return text + (f" Not in it: {', '.join(left_out)}." if left_out else "")
+
+
+def contrast_cells(samples: list[tuple[int, np.ndarray]]) -> list[str]:
+    """What `contrast` says, as two cells: the sum with its interval, and p."""
+    if min(len(x) for _, x in samples) < TESTABLE:
+        return ["too few seeds", ""]
+    estimate, half, p = contrast(samples)
+    return [number(estimate), "no spread"] if np.isnan(p) else [with_interval(estimate, half), p_value(p)]
 
 
 def contrasts_table(matrix: Matrix, matrices: dict[str, Matrix], results: dict[str, dict]) -> str:
@@ -587,12 +596,10 @@ def contrasts_table(matrix: Matrix, matrices: dict[str, Matrix], results: dict[s
             row = [title, task, f"{max(shared):,}", ", ".join(str(len(group)) for group in groups)]
             for score in ("final", "area", "evaluation"):
                 samples = [known_scores(group, score) for group in groups]
-                if min(map(len, samples)) < TESTABLE:
-                    missing = "not run" if score == "evaluation" else "no game"
-                    row += ["too few seeds" if all(map(len, samples)) else missing, ""]
-                    continue
-                estimate, half, p = contrast([(sign, x) for (sign, _), x in zip(parts, samples)])
-                row += [number(estimate), "no spread"] if np.isnan(p) else [with_interval(estimate, half), p_value(p)]
+                if all(map(len, samples)):
+                    row += contrast_cells([(sign, x) for (sign, _), x in zip(parts, samples)])
+                else:
+                    row += ["not run" if score == "evaluation" else "no game", ""]
             rows.append(row)
     if not rows:
         return "Not run yet, or nothing to contrast."
@@ -611,23 +618,17 @@ def thirds_table(matrix: Matrix, runs: dict) -> str:
             if arm != reference and (steps, reference) in groups:
                 early = [run.curve[POINTS // 3 - 1] for run in group]
                 late = [run.final for run in groups[steps, reference]]
-                row = [task, f"{steps:,}", matrix.titles[arm], summary(early), summary(late)]
-                x, base = (np.array(scores)[np.isfinite(scores)] for scores in (early, late))
-                if min(len(x), len(base)) < TESTABLE:
-                    rows.append([*row, "too few seeds", ""])
-                    continue
-                estimate, half, p = contrast([(1, x), (-1, base)])
-                tested = [number(estimate), "no spread"] if np.isnan(p) else [with_interval(estimate, half), p_value(p)]
-                rows.append(row + tested)
+                known = np.array(early)[np.isfinite(early)]
+                tested = contrast_cells([(1, known), (-1, known_scores(groups[steps, reference], "final"))])
+                rows.append([task, f"{steps:,}", matrix.titles[arm], summary(early), summary(late), *tested])
     if not rows:
         return "Not run yet."
     head = ["task", "agent steps", "arm", "return at a third of the steps"]
     return render([*head, f"{matrix.titles[reference]}'s at their end", "difference", "Welch's p, not corrected"], rows)
 
 
-def across_table(matrix: Matrix, runs: dict) -> str:
-    """The interquartile mean over tasks of each arm's mean over training, as in "comparison over training"."""
-    rows, _ = aggregate(matrix, runs, "area")
+def across_table(matrix: Matrix, rows: list[list]) -> str:
+    """The interquartile means over tasks alone, of the rows that `aggregate` makes of means over training."""
     reference = next(iter(matrix.titles.values()))
     head = ["arm", "tasks", "seeds", f"interquartile mean of mean over training / {reference}'s"]
     return render(head, [row[:4] for row in rows]) if rows else "Not run yet."
@@ -892,9 +893,10 @@ def main(args: Args) -> None:
             tables[name] = scores_table(matrix, runs, others)
             tables[f"{name} seeds"] = seeds_table(matrix, runs)
             tables[f"{name} thirds"] = thirds_table(matrix, runs)
-            tables[f"{name} across tasks"] = across_table(matrix, runs)
+            aggregated = {score: aggregate(matrix, runs, score) for score in compared}
+            tables[f"{name} across tasks"] = across_table(matrix, aggregated["area"][0])
             for score, table in compared.items():
-                tables[table] = comparison_table(matrix, runs, score)
+                tables[table] = comparison_table(matrix, runs, score, aggregated[score])
             figures[args.results / f"{name}.png"] = draw(matrix, runs, args.results)
     tables |= {f"{name} contrasts": contrasts_table(matrix, matrices, results) for name, matrix in matrices.items()}
     tables["runs"] = runs_table(matrices, results)
