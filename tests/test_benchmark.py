@@ -508,25 +508,34 @@ writer.close()
 """
 
 
-def test_what_cleanrl_plays_stands_beside_the_matrix_s_arms(folder):
-    matrix = write_matrix(changes={"seeds = [1]": "seeds = [1, 2]", "[arms.ppo]": "[peers]\ncleanrl = 'P'\n[arms.ppo]"})
-    script = folder / "clone" / "cleanrl" / "ppo_atari.py"
+@pytest.mark.parametrize(
+    ("ours", "theirs", "task", "length"),
+    [
+        ("ppo_continuous_baseline.py", "ppo_continuous_action.py", "CartPole-v1", "400"),
+        ("ppo_atari_baseline.py", "ppo_atari.py", "PongNoFrameskip-v4", "100"),
+    ],
+)
+def test_what_cleanrl_plays_stands_beside_the_matrix_s_arms(folder, ours, theirs, task, length):
+    changes = {"CartPole-v1": task, "ppo_continuous_baseline.py": ours, "seeds = [1]": "seeds = [1, 2]"}
+    matrix = write_matrix(changes=changes | {"[arms.ppo]": "[peers]\ncleanrl = 'P'\n[arms.ppo]"})
+    script = folder / "clone" / "cleanrl" / theirs
     script.parent.mkdir(parents=True)
     script.write_text(PEER)
     args = cleanrl.Args(matrix, folder / "clone", results=folder / "results")
+    with pytest.raises(SystemExit, match="--tasks Qbert is not one of tiny.toml"):
+        cleanrl.main(dataclasses.replace(args, tasks=("Qbert",)))
+    cleanrl.main(dataclasses.replace(args, tasks=(task,), seeds=(2,)))
+    first, second = (folder / "results" / "tiny" / task / f"cleanrl_seed{seed}.json" for seed in (1, 2))
+    assert second.exists() and not first.exists()
     cleanrl.main(args)
-    first, second = (folder / "results" / "tiny" / "CartPole-v1" / f"cleanrl_seed{seed}.json" for seed in (1, 2))
-    assert rows(first.with_suffix(".csv.gz"))[:2] == [("16", "8", "100"), ("32", "16", "100")]
+    assert rows(first.with_suffix(".csv.gz"))[:2] == [("16", "8", length), ("32", "16", length)]
     assert len(rows(first.with_suffix(".csv.gz"))) == 16 and rows(second.with_suffix(".csv.gz")) == []
     record = json.loads(first.read_text())
-    assert record["trained_steps"] == 256 and record["arguments"] == {
-        "env_id": "CartPole-v1",
-        "seed": 1,
-        "total_timesteps": 256,
-    }
+    assert record["trained_steps"] == 256 and record["script"] == f"cleanrl/{script.name}"
+    assert record["arguments"] == {"env_id": task, "seed": 1, "total_timesteps": 256}
     read = plot.read_matrix(matrix)
     runs, others = plot.read_runs(folder / "results" / "tiny", read)
-    assert list(runs["CartPole-v1"]) == [(256, "cleanrl")] and not others and read.titles["cleanrl"] == "P"
+    assert list(runs[task]) == [(256, "cleanrl")] and not others and read.titles["cleanrl"] == "P"
     script.unlink()
     with pytest.raises(SystemExit, match="is no clone of CleanRL"):
         cleanrl.main(args)
