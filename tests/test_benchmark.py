@@ -15,6 +15,8 @@ from pathlib import Path
 
 import cleanrl
 import collect
+import gymnasium as gym
+import numpy as np
 import plot
 import pytest
 import run as runner
@@ -606,3 +608,10 @@ def test_seconds_of_a_resumed_run_leave_out_the_time_between_its_sittings():
 
     speed = [Point(10, 5, 100), Point(20, 5, 103), Point(30, 4, 1000), Point(40, 4, 1004)]
     assert collect.training_seconds(speed, {20}) == [2, 5, 7.5, 11.5]
+
+
+def test_where_limits_are_ends_they_terminate():
+    env = gym.make("benchmark.time_limits:HalfCheetahLimitEnds-v4")
+    env.reset(seed=0)
+    steps = [env.step(np.zeros(6))[2:4] for _ in range(1000)]
+    assert steps == [(False, False)] * 999 + [(True, False)]
