@@ -72,9 +72,14 @@ def write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
+def file_name(task: str) -> str:
+    """Of a task's folders: its id, without what a file system does not take."""
+    return task.replace("/", "-").replace(":", "-")  # Windows takes no colon
+
+
 def result_path(results: Path, matrix: str, task: str, arm: str, seed: int) -> Path:
     """The .json of a run; its .csv.gz lies beside it."""
-    return results / matrix / task.replace("/", "-") / f"{arm}_seed{seed}.json"
+    return results / matrix / file_name(task) / f"{arm}_seed{seed}.json"
 
 
 def write_result(path: Path, games: list[tuple], record: dict) -> None:

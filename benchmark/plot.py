@@ -68,7 +68,7 @@ import probe
 import scale
 import speed
 import tyro
-from collect import LABEL, fail, render
+from collect import LABEL, fail, file_name, render
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
@@ -164,8 +164,8 @@ def read_matrix(path: Path) -> Matrix:
         if not all(lengths.values()):
             raise ValueError("total-timesteps is not set for every arm")
         origins = {arm: own["beginning_of"] for arm, own in record["arms"].items() if "beginning_of" in own}
-        tasks = [task.replace("/", "-") for task in record["tasks"]]
-        saturated = [task.replace("/", "-") for task in record.get("saturated", [])]
+        tasks = [file_name(task) for task in record["tasks"]]
+        saturated = [file_name(task) for task in record.get("saturated", [])]
         contrasts = {title: terms(text) for title, text in record.get("contrasts", {}).items()}
         seeds, question = record["seeds"], record["question"]
         return Matrix(path.stem, question, tasks, seeds, titles, lengths, origins, saturated, contrasts)

@@ -53,7 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tyro
-from collect import LABEL, export, fail, hardware, result_path, write
+from collect import LABEL, export, fail, file_name, hardware, result_path, write
 
 PARTS = ("Args", "check_args", "env_protocol", "checkpoint_paths", "load_checkpoint", "MAY_CHANGE", "main")
 OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate", "threads")  # which this program sets (threads: cpus)
@@ -233,7 +233,7 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
             fail(f"{path}: arms.{label}: beginning_of, but with an annealed step size a longer run begins differently")
         if origin and checked.total_timesteps % rollout_size:
             fail(f"{path}: arms.{label}: beginning_of, but total-timesteps is no multiple of a rollout, {rollout_size}")
-        place = runs / path.stem / f"{task.replace('/', '-')}__{label}__{seed}"
+        place = runs / path.stem / f"{file_name(task)}__{label}__{seed}"
         result = result_path(results, origin or path.stem, task, label, seed)
         plan.append(Run(index, task, label, seed, name, arguments, settings, cpus, float(gpus), place, result, origin))
     return plan

@@ -610,6 +610,13 @@ def test_seconds_of_a_resumed_run_leave_out_the_time_between_its_sittings():
     assert collect.training_seconds(speed, {20}) == [2, 5, 7.5, 11.5]
 
 
+def test_names_of_folders_are_such_as_any_file_system_takes():
+    plan = runner.load_matrix(ROOT / "benchmark" / "matrices" / "time-limits.toml", Path("runs"), Path("results"))
+    assert plan[0].task == "benchmark.time_limits:HalfCheetahLimitEnds-v4"
+    assert plan[0].folder.name == "benchmark.time_limits-HalfCheetahLimitEnds-v4__ppo__1"
+    assert plan[0].result.parent.name == "benchmark.time_limits-HalfCheetahLimitEnds-v4"
+
+
 def test_where_limits_are_ends_they_terminate():
     env = gym.make("benchmark.time_limits:HalfCheetahLimitEnds-v4")
     env.reset(seed=0)
