@@ -79,7 +79,8 @@ POINTS = 100  # of a curve
 WINDOW = 0.1  # fraction of a run's steps whose games make a point; the last point is the final score
 FEW, TESTABLE = 3, 5  # seeds from which on there are intervals, and tests
 MANY = 7  # arms whose curves would hide each other: each gets a row instead
-SEEDS = 3  # arms up to which a figure has room for every seed's curve beside their mean
+SEEDS = 3  # arms up to which a figure has room for every seed's curve beside their mean,
+ABREAST = 4  # and tasks, which are also how many stand in a row
 RESAMPLES = 20_000  # with 2000 the ends of a wide interval hang on the random numbers
 VANISHING = 0.001  # share of resamples with a reference at or below zero beyond which ratios to it have no interval
 PERMUTATIONS = 9999  # at most: of more ways to part the seeds as many are drawn at random
@@ -774,14 +775,14 @@ def draw(matrix: Matrix, runs: dict, results: Path) -> Figure:
         return draw_rows(matrix, runs)
     tasks = list(runs)
     wide = len(tasks) == 1  # then its two panels stand side by side, else one above the other
-    columns = 2 if wide else min(4, len(tasks))
+    columns = 2 if wide else min(ABREAST, len(tasks))
     rows = 1 if wide else 2 * -(-len(tasks) // columns)
     size = (9.5, 4.2) if wide else (0.6 + 3.1 * columns, 0.7 + 2.5 * rows)
     figure = Figure(figsize=size, layout="constrained")  # without pyplot, which would keep it
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in () if wide else panels[-2:, len(tasks) % columns or columns :].flat:  # no task's
         panel.set_axis_off()
-    styles, seeds = line_styles(matrix), len(matrix.titles) <= SEEDS
+    styles, seeds = line_styles(matrix), len(matrix.titles) <= SEEDS and len(tasks) <= ABREAST
     counts = {arm: set() for arm in matrix.titles}  # numbers of seeds
     for i, (task, groups) in enumerate(runs.items()):
         row, column = 2 * (i // columns), i % columns
