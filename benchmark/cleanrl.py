@@ -88,11 +88,14 @@ def main(args: Args) -> None:
     versions = dict(zip(packages, output_of([python, "-c", ask], "--cleanrl-python").split(), strict=True))
     script = CLEANRL_SCRIPTS[family]
     versions["script"] = hashlib.sha256((clone / script).read_bytes()).hexdigest()[:12]
-    steps = {(run.task, run.seed): run.arguments["total_timesteps"] for run in plan}
+    steps = {
+        (run.task, run.seed): run.arguments["total_timesteps"]
+        for run in plan
+        if (not args.tasks or run.task in args.tasks) and (not args.seeds or run.seed in args.seeds)
+    }
     for (task, seed), total in steps.items():
         path = result_path(args.results, args.matrix.stem, task, LABEL, seed)
-        left_out = (args.tasks and task not in args.tasks) or (args.seeds and seed not in args.seeds)
-        if path.exists() or left_out:
+        if path.exists():
             continue
         games, trained = play(args, family, task, seed, total)
         arguments = {"env_id": task, "seed": seed, "total_timesteps": total}
