@@ -7,7 +7,7 @@
 #     "matplotlib==3.11.2",
 # ]
 # ///
-"""The Stackelberg-Bellman operator T_S on small MDPs: what holds, and where it stops.
+"""The Stackelberg-Bellman operator T_S on small MDPs: what holds, what does not.
 
     python sprig_tabular.py --env-id FrozenLake-v1
 
@@ -66,8 +66,9 @@ class Args:
             raise ValueError(f"--gamma must be at least 0 and less than 1, not {self.gamma}: T_S contracts by γ")
         if not 0 < self.tol < math.inf:
             raise ValueError(f"--tol must be positive, not {self.tol}")
-        if not self.lambdas or not all(0 <= price <= 1e100 for price in (self.lam, *self.lambdas)):
-            raise ValueError("--lam is a price, from 0 to 1e100, --lambdas one or more of them")
+        for price in (self.lam, *self.lambdas):
+            if not 0 <= price <= 1e100:
+                raise ValueError(f"--lam and --lambdas: a price lies between 0 and 1e100, unlike {price}")
 
 
 # ==================================================================================================
@@ -406,7 +407,7 @@ def report(results: dict) -> str:
         whole = record["whole game"]  # bounds where the search was given up
         rows[-1] += [whole.get("value", whole.get("refused", "").split(" in ")[-1]), whole.get("perception", "refused")]
     header = ["game", "λ", "T_S", "buys", "a' per state", "buys", "max-min", "buys", "one (θ, φ)", "θ"]
-    return text + table("Value at the start, and the perception that wins most (s, a), at price λ", header, rows)
+    return text + table("Value at the start, and what wins most (s, a), at price λ (last: small games)", header, rows)
 
 
 def draw(path: Path, results: dict) -> None:
