@@ -17,6 +17,7 @@ into cells, the finer the dearer), the follower an action per cell, and everythi
 of a Gymnasium toy-text environment. Theorem, proof and the claims that fail: docs/paper.md.
 """
 
+import contextlib
 import functools
 import heapq
 import json
@@ -484,10 +485,8 @@ def main(args: Args) -> dict:
         (run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         draw(run_dir / "tabular.png", results)
     finally:  # even if the disk is full
-        try:
+        with contextlib.suppress(OSError, ValueError):  # stdout is closed, full or knows no Greek
             print(f"{report(results)}\n\nplot and numbers: {run_dir}", flush=True)
-        except (OSError, ValueError):  # stdout is closed, full or knows no Greek; all is in results.json
-            sys.stdout = None  # or Python would try again at its exit
     return results
 
 

