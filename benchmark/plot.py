@@ -490,10 +490,8 @@ class Published:
         axis.set_yticks(range(len(rows)), names, fontsize=9)
         axis.invert_yaxis()
         axis.axvline(0, color="#555555", linewidth=1, linestyle=":")
-        axis.set_xlabel(
-            "SPRIG's final return less PPO's, in % of PPO's absolute value, with its 95 % interval", fontsize=9
-        )
-        axis.set_title("orange diamonds: tests planned before the first run", fontsize=9)
+        axis.set_xlabel("SPRIG's final return less PPO's, in % of PPO's absolute value", fontsize=9)
+        axis.set_title("95 % intervals (Welch); orange diamonds: tests planned before the first run", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         return figure
 
