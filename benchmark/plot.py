@@ -21,8 +21,11 @@ mean of the score over the reference's mean, and probability of improvement, wit
 import hashlib
 import json
 import re
+import textwrap
 import tomllib
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -35,15 +38,13 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower
 
-ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["agent_steps", "seconds", "episodic_return", "episodic_length"]
 POINTS = 100  # of a curve
 WINDOW = 10  # points whose steps make the window of one
-RESAMPLES = 2000
 SCORES = {"final": "last 10 %", "area": "over training", "evaluation": "evaluation"}
 # Arguments that say where, how long and how observed a run is played, not what it learns.
 NO_EFFECT = set("env_id seed run_dir device threads resume evaluate track checkpoint_interval".split())
-NO_EFFECT |= set("eval_episodes eval_greedy total_timesteps".split())
+NO_EFFECT |= set("eval_episodes eval_greedy total_timesteps compile".split())
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00"]  # Okabe and Ito's
 
 
@@ -53,7 +54,7 @@ class Args:
     output: Path = Path("curves.png")  # figure of these runs
     publish: bool = False  # write the repository's own tables and figures
     check: bool = False  # say whether they are what the data give; write nothing
-    root: Path = ROOT  # repository whose results are published
+    root: Path = Path(__file__).resolve().parent.parent  # repository whose results are published
 
 
 def fail(message: str):
@@ -72,7 +73,7 @@ class Run:
     steps: int  # agent steps trained
     evaluation: float | None  # mean return of the final evaluation
 
-    @property
+    @cached_property
     def settings(self) -> dict:
         """What decides about learning: runs that agree in it, in script and task are seeds of one kind."""
         schedule = {"total_timesteps"} if self.arguments.get("anneal_lr") else set()
@@ -134,15 +135,22 @@ def find_runs(paths: tuple[Path, ...]) -> list[Run]:
     return [read_run(path) for path in dict.fromkeys(found)]
 
 
+def usual(runs: list[Run], name: str) -> str:
+    """The most frequent value of a setting, as text; the first of equally frequent ones."""
+    return Counter(repr(run.settings[name]) for run in runs if name in run.settings).most_common(1)[0][0]
+
+
 def group_runs(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
-    """task -> label -> runs. A label is the script, and the flags in which its runs on that task differ."""
+    """task -> label -> runs. A label is the script, and those flags that are not the usual ones on that task."""
     tasks = {}
     for run in runs:
-        others = [other.settings for other in runs if (other.task, other.script) == (run.task, run.script)]
-        own = run.settings
-        names = [name for name in sorted(own) if any(other.get(name, own[name]) != own[name] for other in others)]
-        label = " ".join([run.script.removesuffix(".py"), *(f"--{n.replace('_', '-')} {own[n]}" for n in names)])
-        tasks.setdefault(run.task, {}).setdefault(label, []).append(run)
+        kin = [other for other in runs if (other.task, other.script) == (run.task, run.script)]
+        flags = {name: value for name, value in run.settings.items() if repr(value) != usual(kin, name)}
+        words = [
+            run.script.removesuffix(".py"),
+            *(f"--{name.replace('_', '-')} {flags[name]}" for name in sorted(flags)),
+        ]
+        tasks.setdefault(run.task, {}).setdefault(" ".join(words), []).append(run)
     return tasks
 
 
@@ -185,30 +193,32 @@ def draw_curves(tasks: dict[str, dict[str, list[Run]]], beside: dict[str, pd.Ser
     for panel in panels[len(tasks) :]:
         panel.set_axis_off()
     panels[0].set_ylabel("return of a whole game", fontsize=8)
-    columns = 1 if max(map(len, handles)) > 45 else 2
-    figure.legend(handles.values(), handles.keys(), ncols=columns, loc="outside upper center", fontsize=8)
-    note = "mean over seeds ± standard deviation; a point: the games of the 10 % of the steps before it"
-    figure.supxlabel(note, fontsize=7, color="#555555")
+    words = [textwrap.fill(label, 55) for label in handles]
+    figure.legend(handles.values(), words, ncols=2, loc="outside upper center", fontsize=8)
+    figure.supxlabel(
+        "mean ± standard deviation over seeds; a point: the games of the 10 % of steps before it", fontsize=7
+    )
     return figure
 
 
 def draw_runs(args: Args) -> None:
-    tasks = group_runs(find_runs(args.runs))
+    found = find_runs(args.runs)
+    tasks = group_runs([run for run in found if len(run.games)])
+    if not tasks:
+        fail("none of these runs has a whole game yet: nothing to draw")
     if args.output.suffix not in (".png", ".pdf", ".svg"):
         fail(f"--output {args.output} should end in .png, .pdf or .svg")
     rows = []
     for task, groups in tasks.items():
         for label, runs in groups.items():
-            if not all(len(run.games) for run in runs):
-                fail(f"{min(runs, key=lambda run: len(run.games)).path} has no whole game yet: nothing to draw")
             row = {"task": task, "runs of": label, "seeds": len(runs)}
-            steps = sorted(run.steps for run in runs)
-            row["agent steps"] = f"{steps[0]:,}" + f" to {steps[-1]:,}" * (steps[0] < steps[-1])
+            steps = [run.steps for run in runs]
+            row["agent steps"] = " to ".join(f"{n:,}" for n in sorted({min(steps), max(steps)}))
             rows.append(row | {name: summary([run.score(score) for run in runs]) for score, name in SCORES.items()})
     print(pd.DataFrame(rows).to_string(index=False))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw_curves(tasks).savefig(args.output, dpi=130)
-    print(f"curves: {args.output}")
+    print(f"curves: {args.output}; runs without a whole game yet: {sum(run.games.empty for run in found)}")
 
 
 # ---------------- Matrices and their results ----------------
@@ -260,8 +270,6 @@ def read_matrix(path: Path, results: Path) -> Matrix:
             run = read_run(file)
             refuse_other(run, matrix, label, {"env_id": task, "seed": int(end.partition(".")[0])})
             matrix.runs.setdefault((task, label), []).append(run)
-        elif not file.with_suffix("").with_suffix(".json").exists():
-            fail(f"{file} has no .json beside it")
     for label in titles:
         refuse_odd([run for (_, other), runs in matrix.runs.items() if other == label for run in runs])
     return matrix
@@ -282,11 +290,10 @@ def refuse_other(run: Run, matrix: Matrix, label: str, wanted: dict) -> None:
 
 def refuse_odd(runs: list[Run]) -> None:
     """Ends the program if a run of a label has a setting that most of the others don't have."""
-    table = pd.DataFrame([{name: repr(value) for name, value in run.settings.items()} for run in runs])
-    for name in table:
-        usual = table[name].mode()[0]
-        for index in table.index[table[name].notna() & (table[name] != usual)]:  # missing: older than that flag
-            fail(f"{runs[index].path} was played with {name} = {table[name][index]}; its other seeds have {usual}")
+    for run in runs:
+        for name, value in run.settings.items():
+            if repr(value) != usual(runs, name):
+                fail(f"{run.path} was played with {name} = {value!r}; its other seeds have {usual(runs, name)}")
 
 
 # ---------------- Statistics ----------------
@@ -299,21 +306,16 @@ def welch(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     return result
 
 
-def holm(p: list[float]) -> np.ndarray:
-    """p-values corrected for their number; NaN, a test without spread, counts as one and stays."""
-    return np.where(np.isnan(p), np.nan, multipletests(np.nan_to_num(p, nan=1.0), method="holm")[1])
-
-
 def across(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float, float]]:
     """(estimate, low, high) of the interquartile mean of x over the mean of y, and of the probability of improvement.
 
     `x`, `y`: (seeds, tasks). The reference's mean is drawn anew in every resample."""
-    functions = [lambda x, y: metrics.aggregate_iqm(x / y.mean(0)), metrics.probability_of_improvement]
+
+    def both(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.array([metrics.aggregate_iqm(x / y.mean(0)), metrics.probability_of_improvement(x, y)])
+
     np.random.seed(0)  # noqa: NPY002 - rliable 1.2 draws from it, whatever random_state it is given
-    of_all = library.get_interval_estimates(
-        {"": [x, y]}, lambda *z: np.array([f(*z) for f in functions]), reps=RESAMPLES
-    )
-    values, intervals = of_all
+    values, intervals = library.get_interval_estimates({"": [x, y]}, both, reps=2000)
     return [(float(value), *map(float, ends)) for value, ends in zip(values[""], intervals[""].T)]
 
 
@@ -347,7 +349,7 @@ class Published:
 
     def __init__(self, root: Path):
         self.results = root / "benchmark" / "results"
-        paths = sorted((root / "benchmark" / "matrices").glob("*.toml"))
+        paths = sorted(root.glob("benchmark/matrices/*.toml"))
         self.matrices = {path.stem: read_matrix(path, self.results) for path in paths}
         self.plan = read_toml(self.results / "questions.toml")
         for path in sorted(self.results.glob("*/*/*.json")):
@@ -372,7 +374,7 @@ class Published:
         return found
 
     def tests(self, entry: dict) -> pd.DataFrame:
-        """All comparisons of an entry, a row each, `corrected` for their number."""
+        """All comparisons of an entry, a row each. p is NaN where nothing varies, which counts as 1 in the correction."""
         matrix, what, against = self.matrix(entry["matrix"]), entry["what"], entry["against"]
         labels = [label for label in matrix.titles if label != against] if what == ["*"] else what
         rows = []
@@ -382,7 +384,8 @@ class Published:
                 pair["y"] = self.scores(entry, against, entry.get("task_against", task))
                 rows.append({"task": task, "label": label} | pair | welch(**pair))
         frame = pd.DataFrame(rows)
-        return frame.assign(corrected=holm(frame["p"]), planned=entry.get("planned", False), matrix=matrix)
+        corrected = np.where(frame["p"].isna(), np.nan, multipletests(frame["p"].fillna(1), method="holm")[1])
+        return frame.assign(corrected=corrected, planned=entry.get("planned", False), matrix=matrix)
 
     def forest(self, readme: bool = False) -> pd.DataFrame:
         """SPRIG over PPO, per task, of the matrices that are complete."""
