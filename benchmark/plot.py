@@ -12,10 +12,10 @@ and writes what stands between `<!-- results: NAME -->` and `<!-- end -->`. A re
 with other flags, task or length, is refused by name.
 
 A point of a curve is the mean return of the whole games that ended in the 10 % of the steps before it; the last one is
-the final return. "Over training" is the mean of the ten windows that make up the run. Differences: Welch's t test and
-its 95 % interval. p-values of one row are corrected after Holm for all tests of that row. Several tasks: interquartile
-mean of the score over the reference's mean, and probability of improvement, with stratified bootstrap intervals
-(Agarwal et al. 2021, arXiv 2108.13264), which 5 seeds make somewhat too narrow. Counts: Fisher's exact test.
+the final return. "Over training" is the mean of the run's ten windows. Differences: Welch's t test and its 95 %
+interval. p-values of one row are corrected after Holm for all tests of that row. Several tasks: interquartile mean of
+the score over the reference's mean, and probability of improvement, with stratified bootstrap intervals (Agarwal et al.
+2021, arXiv 2108.13264), which 5 seeds make somewhat too narrow. Counts: Fisher's exact test.
 """
 
 import hashlib
@@ -159,11 +159,12 @@ def number(x: float) -> str:
 
 
 def summary(values) -> str:
-    """Mean ± standard deviation over seeds; of one or two seeds their values."""
-    values = [value for value in values if not np.isnan(value)]
-    if len(values) < 3:
-        return ", ".join(map(number, values)) or "none"
-    return f"{number(np.mean(values))} ± {number(np.std(values, ddof=1))}"
+    """Mean ± standard deviation of those that are known; of one or two their values."""
+    known = [value for value in values if not np.isnan(value)]
+    text = ", ".join(map(number, known)) or "none"
+    if len(known) > 2:
+        text = f"{number(np.mean(known))} ± {number(np.std(known, ddof=1))}"
+    return text if len(known) in (0, len(values)) else f"{text} ({len(known)} of {len(values)} seeds)"
 
 
 def draw_curves(tasks: dict[str, dict[str, list[Run]]], beside: dict[str, pd.Series] | None = None) -> Figure:
@@ -374,7 +375,7 @@ class Published:
         return found
 
     def tests(self, entry: dict) -> pd.DataFrame:
-        """All comparisons of an entry, a row each. p is NaN where nothing varies, which counts as 1 in the correction."""
+        """All comparisons of an entry, a row each. p is NaN where nothing varies; it counts as 1 in the correction."""
         matrix, what, against = self.matrix(entry["matrix"]), entry["what"], entry["against"]
         labels = [label for label in matrix.titles if label != against] if what == ["*"] else what
         rows = []
@@ -425,13 +426,12 @@ class Published:
             cells["effect"] = f"{a} of {n} against {b} of {m}, {p_value(p)}"
         elif entry.get("aggregate"):
             ratio, ahead = across(*(np.array([*tests[key]]).T for key in "xy"))
-            p, sign = (np.nan if ratio[1] <= 1 <= ratio[2] else 0.05), ratio[0] - 1
+            p, sign = (np.nan if ratio[1] <= 1 <= ratio[2] else 0.04), ratio[0] - 1
             cells["effect"] = f"{with_interval(*ratio)} of its score; ahead with probability {with_interval(*ahead)}"
-        elif entry.get("strongest"):
-            cells["effect"] = f"of {len(tests)} the clearest: {self.effect(entry, tests.iloc[0], len(tasks))}"
         else:
-            parts = [self.effect(entry, test, len(tasks)) for _, test in tests.sort_index().iterrows()]
-            cells["effect"] = "; ".join(parts)
+            shown = tests[:1] if entry.get("strongest") else tests.sort_index()
+            parts = "; ".join(self.effect(entry, test, len(tasks)) for _, test in shown.iterrows())
+            cells["effect"] = f"of {len(tests)} the clearest: " * bool(entry.get("strongest")) + parts
         if not p < (0.05 if entry.get("planned") else 0.01):  # or NaN
             return cells | {"verdict": "not shown"}
         agrees = entry.get("claim") == "different" or (sign > 0) == (entry.get("claim", "more") == "more")
@@ -456,13 +456,12 @@ class Published:
             cells = {f"n = {len(matrix.seeds)}, {matrix.horizon} steps": title}
             for task in matrix.tasks:
                 for score in scores:
-                    values = [run.score(score) for run in matrix.runs[task, label]]
-                    cells[f"{short(task)}, {SCORES[score]}"] = summary(values)
+                    column = f"{short(task)}, {SCORES[score]}"
+                    cells[column] = summary([run.score(score) for run in matrix.runs[task, label]])
             rows.append(cells | {"p": p_value(least[label]).removeprefix("p = ") if label in least else ""})
         return markdown(rows)
 
-    def tables(self) -> dict:
-        """Name -> function that makes the table."""
+    def tables(self) -> dict:  # name -> function that makes it
         named = {"sprig-over-ppo": self.forest_table, "readme": lambda: self.forest_table(readme=True)}
         named |= {"questions": lambda: markdown([self.question(entry) for entry in self.plan["question"]])}
         return named | {f"arms {name}": lambda name=name: self.arms_table(name) for name in self.matrices}
