@@ -82,8 +82,8 @@ def result(root, label="sprig", seed=2, task="Near-v1"):
 
 @pytest.fixture
 def root(tmp_path):
-    """A repository with one matrix, complete: SPRIG 30 above PPO on one task, level with it on the other."""
-    for task, level in (("Near-v1", 130), ("far/Away-v1", 100)):
+    """A repository with one matrix, complete: SPRIG 30 above PPO on one task, hardly on the other."""
+    for task, level in (("Near-v1", 130), ("far/Away-v1", 101)):
         for seed in (1, 2, 3):
             export(result(tmp_path, "ppo", seed, task), "ppo.py", task, seed, 100 + seed)
             ours = result(tmp_path, "sprig", seed, task)
@@ -130,7 +130,7 @@ def test_differences_have_the_textbook_interval_and_the_textbook_power():
 def test_a_row_is_corrected_after_holm_for_its_tests(root):
     tests = plot.Published(root).tests(ENTRY)
     small, large = sorted(tests["p"])
-    assert 0.04 < large and sorted(tests["corrected"]) == pytest.approx([2 * small, max(large, 2 * small)])
+    assert 0.1 < large < 0.5 and sorted(tests["corrected"]) == pytest.approx([2 * small, large])
 
 
 def test_across_tasks_outliers_are_left_out_and_the_reference_varies_too():
