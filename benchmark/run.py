@@ -8,27 +8,27 @@
 
 A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`, `seeds`, `cpus` and `gpus` of one run
 (cpus is also its --threads; with 0 gpus it sees none), `[flags]` of every run, and `[arms.<label>]` with `title`,
-`script` and `flags` of its own. A script is one of the four, or a fork of one: a copy beside them. The other keys are
-for plot.py.
+`script` (one of the four or a fork beside them) and `flags` of its own. Other keys are for plot.py.
 
 Each run is the ordinary script in a process of its own, in `<runs>/<matrix>/<task>__<label>__<seed>`; what it prints is
 in a .log beside that. A finished run is exported to `<results>/<matrix>/<task>/`: its games as `<label>_seed<n>.csv.gz`
 (the run's episodes.csv), its arguments, versions, hardware and evaluation as `<label>_seed<n>.json`. Both folders are
-yours; the published results are those in benchmark/results.
+yours; what is published lies in benchmark/results.
 
-Call the same command again as often as you like: what is finished is skipped, what was interrupted goes on from its
-checkpoint and ends as if it had been left alone. A run that fails is tried once more, then listed, and the exit code is
-1. What is there of a run with other flags, another task or another length than the matrix says is refused by name.
-Ctrl-C and SIGTERM let every run save, then exit with 130; a second one does not wait for them.
+Call the same command again as often as you like: what is finished is skipped, what was interrupted goes on and ends as
+if it had been left alone, what failed is tried once more, then listed (exit code 1). What was made with other flags or
+another length than the matrix says is refused by name. Ctrl-C and SIGTERM let every run save (exit code 130).
 
 On a cluster, and under Slurm, this folder, `runs` and `results` must lie on a file system that all machines share.
 """
 
+import contextlib
 import ctypes
-import difflib
+import dataclasses
 import fcntl
 import gzip
 import importlib
+import io
 import itertools
 import json
 import os
@@ -39,14 +39,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, BinaryIO, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -54,10 +54,10 @@ sys.path.insert(0, str(ROOT))
 import tyro
 
 LABEL = "[a-z0-9-]+"  # of an arm, and the name of a matrix
-OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate", "threads")  # which this program sets (threads: cpus)
+OWN_FLAGS = {"env_id", "seed", "run_dir", "resume", "evaluate", "threads"}  # which this program sets (threads: cpus)
 PARTS = ("Args", "MAY_CHANGE", "env_protocol", "main")  # of a script
 TOP_KEYS = {"question": str, "tasks": list, "seeds": list, "cpus": int, "gpus": float, "flags": dict, "arms": dict}
-TOP_KEYS |= {"saturated": list, "peers": dict, "contrasts": dict, "plan": dict, "primary": str}  # which plot.py reads
+PLOT_KEYS = {"saturated": list, "peers": dict, "contrasts": dict}  # which only plot.py reads
 ARM_KEYS = {"title": str, "script": str, "flags": dict, "beginning_of": str}  # the last: plot.py
 REQUIRED = ("question", "tasks", "seeds", "arms", "title", "script")
 
@@ -87,13 +87,12 @@ class Run:
     label: str
     seed: int
     script: str
-    arguments: dict[str, Any]  # of the script, by field name: those that the matrix sets
-    values: dict[str, Any]  # all arguments, the script's defaults as well
-    compared: set[str]  # those that decide what is learnt
-    threads: int
-    gpus: float
+    flags: dict[str, Any]  # of the script's command line
+    values: dict[str, Any]  # all its arguments by field name, its defaults as well
+    compared: set[str]  # of these, those that decide what is learnt
     folder: Path
     result: Path
+    gpus: float = 0.0
 
     @property
     def name(self) -> str:
@@ -108,29 +107,16 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}")
 
 
-# ==================================================================================================
-# The matrix
-# ==================================================================================================
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a TOML value can stand for a field of this type. None, which TOML has not, is written "None"."""
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return any(value == "None" if member is types.NoneType else fits(value, member) for member in kind.__args__)
-    return type(value) in ((int, float) if kind is float else (kind,))
-
-
 def check_keys(table: Any, known: dict[str, type], where: str) -> None:
-    if not isinstance(table, dict):
+    if type(table) is not dict:
         fail(f"{where} is not a table")
     for key, value in table.items():
         if key not in known:
             fail(f"{where}: {key} is not a key; there are {', '.join(known)}")
-        if not fits(value, known[key]):
+        if type(value) not in ((int, float) if known[key] is float else (known[key],)):
             fail(f"{where}: {key} = {value!r} is not of type {known[key].__name__}")
-    for key in known:
-        if key not in table and key in REQUIRED:
-            fail(f"{where}: {key} is missing")
+    if missing := [key for key in known if key in REQUIRED and key not in table]:
+        fail(f"{where}: {missing[0]} is missing")
 
 
 def load_matrix(path: Path) -> dict[str, Any]:
@@ -143,16 +129,14 @@ def load_matrix(path: Path) -> dict[str, Any]:
         fail(f"{path} is not TOML: {error}")
     if not re.fullmatch(LABEL, path.stem):
         fail(f"{path}: the name of a matrix consists of a-z, 0-9 and -")
-    check_keys(matrix, TOP_KEYS, str(path))
+    check_keys(matrix, TOP_KEYS | PLOT_KEYS, str(path))
     matrix = {"cpus": 1, "gpus": 0.0, "flags": {}} | matrix
     for key, kind in (("tasks", str), ("seeds", int)):
         values = matrix[key]
-        if not values or not all(fits(value, kind) for value in values) or len(set(values)) < len(values):
+        if not values or {*map(type, values)} != {kind} or len({*values}) < len(values):
             fail(f"{path}: {key} = {values} is not a list of {kind.__name__}, at least one, each once")
     if matrix["cpus"] < 1 or not 0 <= matrix["gpus"] <= 1:
         fail(f"{path}: a run takes at least one of cpus, and gpus in [0, 1], not {matrix['cpus']}, {matrix['gpus']:g}")
-    if not matrix["arms"]:
-        fail(f"{path}: arms is empty")
     for label, arm in matrix["arms"].items():
         if not re.fullmatch(LABEL, label):
             fail(f"{path}: arms.{label}: a label consists of a-z, 0-9 and -")
@@ -162,36 +146,37 @@ def load_matrix(path: Path) -> dict[str, Any]:
 
 def load_script(name: str, where: str) -> types.ModuleType:
     """One of the four, or a fork beside them, which has to have the same PARTS."""
-    if not re.fullmatch(r"[a-zA-Z_]\w*\.py", name) or not (ROOT / name).is_file():
+    if not (ROOT / name).is_file():
         fail(f"{where}: there is no script {name!r} in {ROOT}")
     try:
         script = importlib.import_module(Path(name).stem)
     except Exception as error:  # whatever is wrong with a fork
         fail(f"{where}: script {name!r} cannot be imported: {type(error).__name__}: {error}")
-    if missing := [part for part in PARTS if not hasattr(script, part)]:
-        fail(f"{where}: script {name!r} has no {missing[0]}; it should be one of the four or a fork of one")
+    if any(not hasattr(script, part) for part in PARTS):
+        fail(f"{where}: script {name!r} is none of the four nor a fork of one: it has not all of {', '.join(PARTS)}")
     return script
 
 
-def script_arguments(flags: dict[str, Any], script: types.ModuleType, where: str) -> dict[str, Any]:
-    """Flags of the command line as fields of the script's Args. Refuses what the script does not have."""
-    kinds = typing.get_type_hints(script.Args)
-    arguments = {}
-    for flag, value in flags.items():
-        name = flag.replace("-", "_")
-        if name in OWN_FLAGS:
-            fail(f"{where}: --{flag} is not for the matrix to set")
-        if name not in kinds or "_" in flag:
-            near = difflib.get_close_matches(name, kinds, n=1)
-            mend = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
-            fail(f"{where}: {script.__name__}.py has no flag --{flag}{mend}")
-        if not fits(value, kinds[name]):
-            kind = getattr(kinds[name], "__name__", str(kinds[name]))
-            if choices := typing.get_args(kinds[name]) if kind == "Literal" else ():
-                kind = "one of " + ", ".join(choices)
-            fail(f"{where}: {flag} = {value!r}, but --{flag} takes {kind}")
-        arguments[name] = None if value == "None" and kinds[name] is not str else value
-    return arguments
+def flag_words(flags: dict[str, Any]) -> list[str]:
+    """As a command line has them."""
+    words = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+def parse_flags(flags: dict[str, Any], script: types.ModuleType, where: str) -> Any:
+    """The script's Args, read as the script will read them. What it would refuse is refused here, in one line."""
+    if own := OWN_FLAGS & {flag.replace("-", "_") for flag in flags}:
+        fail(f"{where}: --{min(own).replace('_', '-')} is not for the matrix to set")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return tyro.cli(script.Args, args=flag_words(flags))
+    except SystemExit:
+        lines = (line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines())
+        fail(f"{where}: {script.__name__}.py: {' '.join(filter(None, lines))}")
 
 
 def file_name(task: str) -> str:
@@ -205,37 +190,34 @@ def result_path(results: Path, matrix: str, task: str, label: str, seed: int) ->
 
 
 def plan_runs(path: Path, runs: Path, results: Path) -> list[Run]:
-    """All runs of a matrix, those of the first seed first. Ends with one line if one of them could not be played."""
+    """All runs of a matrix, the first seed's first. Ends with one line if one of them could not be played."""
     matrix = load_matrix(path)
-    plan, known = [], set()  # known: (script, task) whose protocol was looked up
-    for seed, task, (label, arm) in itertools.product(matrix["seeds"], matrix["tasks"], matrix["arms"].items()):
-        where = f"{path}: arms.{label}"
+    arms, known, plan = {}, set(), []  # known: (script, task) whose protocol was looked up
+    for label, arm in matrix["arms"].items():
+        where, flags = f"{path}: arms.{label}", matrix["flags"] | arm.get("flags", {})
         script = load_script(arm["script"], where)
-        arguments = script_arguments(matrix["flags"] | arm.get("flags", {}), script, where)
-        if arguments.get("device", "auto") not in ("auto", "cpu") and not matrix["gpus"]:
-            fail(f"{where}: device = {arguments['device']!r}, but gpus = 0")
+        arms[label] = script, flags, parse_flags(flags, script, where)
+        if flags.get("device", "auto") not in ("auto", "cpu") and not matrix["gpus"]:
+            fail(f"{where}: device = {flags['device']!r}, but gpus = 0")
+    for seed, task, label in itertools.product(matrix["seeds"], matrix["tasks"], arms):
+        script, flags, parsed = arms[label]
         try:
-            checked = script.Args(env_id=task, seed=seed, threads=matrix["cpus"], **arguments)
-            if (arm["script"], task) not in known:
+            checked = dataclasses.replace(parsed, env_id=task, seed=seed, threads=matrix["cpus"])
+            if (script, task) not in known:
                 script.env_protocol(checked)
-                known.add((arm["script"], task))
+                known.add((script, task))
         except (ValueError, SystemExit) as error:
-            fail(f"{where}: {str(error).removeprefix('error: ')}")
-        compared = vars(checked).keys() - script.MAY_CHANGE - {"run_dir", "checkpoint_interval", *OWN_FLAGS}
-        compared |= {"env_id", "seed", "total_timesteps", *arguments} - {"device"}
+            fail(f"{path}: arms.{label}: {str(error).removeprefix('error: ')}")
+        compared = vars(checked).keys() - script.MAY_CHANGE - OWN_FLAGS - {"checkpoint_interval"}
+        compared |= {"env_id", "seed", "total_timesteps"} | {flag.replace("-", "_") for flag in flags} - {"device"}
         folder = runs / path.stem / f"{file_name(task)}__{label}__{seed}"
+        flags = {"env-id": task, "seed": seed, "threads": matrix["cpus"]} | flags | {"run-dir": folder}
         result = result_path(results, path.stem, task, label, seed)
-        values = dict(vars(checked))
-        machine = matrix["cpus"], float(matrix["gpus"])
-        plan.append(
-            Run(len(plan), task, label, seed, arm["script"], arguments, values, compared, *machine, folder, result)
-        )
+        run = Run(len(plan), task, label, seed, f"{script.__name__}.py", flags, vars(checked), compared, folder, result)
+        plan.append(dataclasses.replace(run, gpus=matrix["gpus"]))
     return plan
 
 
-# ==================================================================================================
-# What is there of a run
-# ==================================================================================================
 def difference(run: Run, path: Path) -> str:
     """How the run that wrote `path` differs from what the matrix says: one sentence, or ""."""
     try:
@@ -246,9 +228,9 @@ def difference(run: Run, path: Path) -> str:
     if script != run.script:
         return f"{path} is of {script}, not of {run.script}"
     for name in sorted(run.compared):
-        value = run.values[name]
-        if theirs.get(name, "unknown" if name in run.arguments else value) != value:
-            return f"{path} was made with --{name.replace('_', '-')} {theirs.get(name, 'unknown')}, not {value}"
+        flag, value = name.replace("_", "-"), run.values[name]
+        if theirs.get(name, "unknown" if flag in run.flags else value) != value:
+            return f"{path} was made with --{flag} {theirs.get(name, 'unknown')}, not {value}"
     rollout = run.values["num_envs"] * run.values["num_steps"]
     if record.get("trained_steps", run.values["total_timesteps"]) < run.values["total_timesteps"] // rollout * rollout:
         return f"{path} has {record['trained_steps']} agent steps only"  # exported before it had ended
@@ -257,13 +239,12 @@ def difference(run: Run, path: Path) -> str:
 
 def find_state(run: Run) -> str:
     """What of a run is there. Changes nothing."""
-    record = run.folder / "args.json"
     if run.result.exists() and run.result.with_suffix(".csv.gz").exists():
         wrong = difference(run, run.result)
         return f"differs: {wrong}" if wrong else "done"
     if not (run.folder / "checkpoint.pt").exists():
         return "to do"
-    if wrong := difference(run, record):
+    if wrong := difference(run, run.folder / "args.json"):
         return f"differs: {wrong}"
     if is_finished(run.folder, run.values["eval_episodes"]):
         return "finished, not exported"
@@ -284,16 +265,13 @@ def saved_step(folder: Path) -> int:
         fail(f"{folder}/checkpoint.pt is damaged: {type(error).__name__}; move the folder away")
 
 
-def is_played(run: Run) -> bool:
-    """Whether a process is at it, which has the log locked (see `play`)."""
-    try:
-        with open(run.log, "r+b") as log:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+def lock_log(run: Run) -> BinaryIO | None:
+    """The run's log, locked until both this process and a script started by it are done. None: another one plays it."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = open(run.log, "ab")
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return log
 
 
 def command(run: Run) -> list[str]:
@@ -301,16 +279,9 @@ def command(run: Run) -> list[str]:
     start = [sys.executable, os.path.relpath(ROOT / run.script)]
     if (run.folder / "checkpoint.pt").exists():
         return [*start, "--resume", str(run.folder)]
-    flags = {"env_id": run.task, "seed": run.seed, "threads": run.threads} | run.arguments | {"run_dir": run.folder}
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        start += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return start
+    return start + flag_words(run.flags)
 
 
-# ==================================================================================================
-# Results
-# ==================================================================================================
 def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -321,12 +292,9 @@ def cpu_model() -> str:
 
 def hardware(gpu: bool) -> dict[str, Any]:
     """Of this machine; `gpu` says whether the run could use one."""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        name = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0] if gpu else None
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        name = None  # no such GPU
-    return {"cpu": cpu_model(), "cores": os.cpu_count(), "gpu": name}
+    query = "nvidia-smi --query-gpu=name --format=csv,noheader"
+    names = subprocess.run(query, shell=True, capture_output=True, text=True).stdout.splitlines() if gpu else []
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "gpu": names[0] if names else None}
 
 
 def write_result(path: Path, games: bytes, record: dict[str, Any]) -> None:
@@ -344,11 +312,10 @@ def export(folder: Path, path: Path) -> str:
     record = json.loads((folder / "args.json").read_text())
     record["arguments"]["run_dir"] = ""  # of no use elsewhere
     gpu = record["arguments"]["device"] != "cpu" and not record["versions"]["torch"].endswith("+cpu")
-    record |= {"hardware": hardware(gpu), "trained_steps": saved_step(folder), "evaluation": None}
-    if (folder / "evaluation.json").exists():
-        record["evaluation"] = json.loads((folder / "evaluation.json").read_text())
+    file = folder / "evaluation.json"
+    evaluation = json.loads(file.read_text()) if file.exists() else None
+    record |= {"hardware": hardware(gpu), "trained_steps": saved_step(folder), "evaluation": evaluation}
     write_result(path, (folder / "episodes.csv").read_bytes(), record)
-    evaluation = record["evaluation"]
     return f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}" if evaluation else "not evaluated"
 
 
@@ -360,15 +327,11 @@ def collect(folders: tuple[Path, ...], runs: list[Run]) -> None:
             task, seed, games = arguments["env_id"], arguments["seed"], arguments["eval_episodes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"{folder} is not the folder of a run: args.json: {error}")
-        wrong = {
-            run.index: difference(run, folder / "args.json") for run in runs if (run.task, run.seed) == (task, seed)
-        }
-        fitting = [index for index, problem in wrong.items() if not problem]
-        if not fitting:
-            fail(
-                f"{folder} is no run of this matrix: {next(iter(wrong.values()), f'it has not {task} with seed {seed}')}"
-            )
-        run = runs[fitting[0]]
+        candidates = [run for run in runs if (run.task, run.seed) == (task, seed)]
+        wrong = [difference(run, folder / "args.json") for run in candidates] or [f"it has no {task} with seed {seed}"]
+        if "" not in wrong:
+            fail(f"{folder} is no run of this matrix: {'; '.join(wrong)}")
+        run = candidates[wrong.index("")]
         if not is_finished(folder, games):
             fail(f"{folder} has not ended; go on with it first: python {run.script} --resume {folder}")
         if run.result.exists():
@@ -376,10 +339,7 @@ def collect(folders: tuple[Path, ...], runs: list[Run]) -> None:
         print(f"{run.result}: {export(folder, run.result)}")
 
 
-# ==================================================================================================
-# Playing
-# ==================================================================================================
-def train(run: Run, log: typing.BinaryIO) -> int:
+def train(run: Run, log: BinaryIO) -> int:
     """The exit code of one sitting of the script. On KeyboardInterrupt it is told to save, and waited for."""
     if run.folder.exists() and not (run.folder / "checkpoint.pt").exists():  # killed before it had learnt anything
         run.folder.rename(run.folder.with_name(f"{run.folder.name}__{time.time_ns()}"))
@@ -404,35 +364,28 @@ def train(run: Run, log: typing.BinaryIO) -> int:
     return process.returncode
 
 
-def last_line(path: Path) -> str:
-    lines = path.read_bytes()[-10_000:].decode(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-
-
 def play(run: Run, folder: str) -> tuple[bool, str]:
     """Play one run to its end on this machine, from the working directory `folder`, with a second try after a failure.
 
-    Returns whether all is well, and what to say of it. Who plays has the run's log locked, its script with it.
+    Returns whether all is well, and what to say of it.
     """
     os.chdir(folder)
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    problem = ""
-    with open(run.log, "ab") as log:
+    log = lock_log(run)
+    if not log:
+        return True, "another process plays it, left alone"
+    for _ in range(2):
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True, "another process plays it, left alone"
-        for _ in range(2):
-            try:
-                state = find_state(run)  # anew: another process may have played it meanwhile
-                if state == "done":
-                    return True, "done by another process"
-                code = 0 if state == "finished, not exported" else train(run, log)
-                if code == 0 and is_finished(run.folder, run.values["eval_episodes"]):
-                    return True, f"done, {export(run.folder, run.result)}"
-                problem = f"exit code {code}: {last_line(run.log)}" if code else "it was stopped from outside"
-            except (OSError, ValueError, KeyError, SystemExit) as error:
-                problem = str(error).removeprefix("error: ")
+            state = find_state(run)  # anew: another process may have played it meanwhile
+            if state == "done":
+                return True, "done by another process"
+            code = 0 if state == "finished, not exported" else train(run, log)
+            if code == 0 and is_finished(run.folder, run.values["eval_episodes"]):
+                return True, f"done, {export(run.folder, run.result)}"
+            lines = run.log.read_text(errors="replace").splitlines()
+            said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+            problem = f"exit code {code}: {said}" if code else "it was stopped from outside"
+        except (OSError, ValueError, KeyError, SystemExit) as error:
+            problem = str(error).removeprefix("error: ")
     return False, f"{problem}; {run.log}"
 
 
@@ -454,7 +407,7 @@ def play_on_ray(runs: list[Run], address: str | None, tell: Callable[[Run, bool,
     except (OSError, ValueError, RuntimeError) as error:
         fail(f"--address {address}: {str(error).splitlines()[0]}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own
-    need = {"CPU": runs[0].threads, "GPU": runs[0].gpus}
+    need = {"CPU": runs[0].values["threads"], "GPU": runs[0].gpus}
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(machine.get(key, 0) >= amount for key, amount in need.items()) for machine in machines):
         ray.shutdown()
@@ -480,13 +433,10 @@ def play_on_ray(runs: list[Run], address: str | None, tell: Callable[[Run, bool,
         ray.shutdown()
 
 
-# ==================================================================================================
-# Main
-# ==================================================================================================
 def print_table(runs: list[Run]) -> None:
     rows = [("index", "task", "label", "seed", "state", "command")]
     for run in runs:
-        state = "being played" if is_played(run) else find_state(run)
+        state = "being played" if run.log.exists() and not lock_log(run) else find_state(run)
         words = shlex.join(command(run)) if state.startswith(("to do", "interrupted")) else ""
         rows.append((str(run.index), run.task, run.label, str(run.seed), state, words))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -510,8 +460,7 @@ def main(args: Args) -> None:
     for flag, folder in (("--runs", args.runs), ("--results", args.results)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".write-test").touch()
-            (folder / ".write-test").unlink()
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             fail(f"{flag} {folder} cannot be written: {error.strerror}")
     states = {run.index: find_state(run) for run in runs}
