@@ -8,7 +8,7 @@
 
 A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`, `seeds`, `cpus` and `gpus` of one run
 (cpus is also its --threads; with 0 gpus it sees none), `[flags]` of every run, and `[arms.<label>]` with `title`,
-`script` (one of the four or a fork beside them) and `flags` of its own. Other keys are for plot.py.
+`script` (one of the four or a fork beside them) and `flags` of its own.
 
 Each run is the ordinary script in a process of its own, in `<runs>/<matrix>/<task>__<label>__<seed>`; what it prints is
 in a .log beside that. A finished run is exported to `<results>/<matrix>/<task>/`: its games as `<label>_seed<n>.csv.gz`
@@ -57,8 +57,8 @@ LABEL = "[a-z0-9-]+"  # of an arm, and the name of a matrix
 OWN_FLAGS = {"env_id", "seed", "run_dir", "resume", "evaluate", "threads"}  # which this program sets (threads: cpus)
 PARTS = ("Args", "MAY_CHANGE", "env_protocol", "main")  # of a script
 TOP_KEYS = {"question": str, "tasks": list, "seeds": list, "cpus": int, "gpus": float, "flags": dict, "arms": dict}
-PLOT_KEYS = {"saturated": list, "peers": dict, "contrasts": dict}  # which only plot.py reads
-ARM_KEYS = {"title": str, "script": str, "flags": dict, "beginning_of": str}  # the last: plot.py
+TOP_KEYS |= {"peers": dict}  # label = title: programs of others, whose results plot.py sets beside
+ARM_KEYS = {"title": str, "script": str, "flags": dict}
 REQUIRED = ("question", "tasks", "seeds", "arms", "title", "script")
 
 
@@ -83,6 +83,7 @@ class Args:
 @dataclass
 class Run:
     index: int
+    gpus: float
     task: str
     label: str
     seed: int
@@ -92,7 +93,6 @@ class Run:
     compared: set[str]  # of these, those that decide what is learnt
     folder: Path
     result: Path
-    gpus: float = 0.0
 
     @property
     def name(self) -> str:
@@ -108,8 +108,6 @@ def fail(message: str) -> NoReturn:
 
 
 def check_keys(table: Any, known: dict[str, type], where: str) -> None:
-    if type(table) is not dict:
-        fail(f"{where} is not a table")
     for key, value in table.items():
         if key not in known:
             fail(f"{where}: {key} is not a key; there are {', '.join(known)}")
@@ -129,8 +127,8 @@ def load_matrix(path: Path) -> dict[str, Any]:
         fail(f"{path} is not TOML: {error}")
     if not re.fullmatch(LABEL, path.stem):
         fail(f"{path}: the name of a matrix consists of a-z, 0-9 and -")
-    check_keys(matrix, TOP_KEYS | PLOT_KEYS, str(path))
-    matrix = {"cpus": 1, "gpus": 0.0, "flags": {}} | matrix
+    check_keys(matrix, TOP_KEYS, str(path))
+    matrix = {"cpus": 1, "gpus": 0.0, "flags": {}, "peers": {}} | matrix
     for key, kind in (("tasks", str), ("seeds", int)):
         values = matrix[key]
         if not values or {*map(type, values)} != {kind} or len({*values}) < len(values):
@@ -140,7 +138,7 @@ def load_matrix(path: Path) -> dict[str, Any]:
     for label, arm in matrix["arms"].items():
         if not re.fullmatch(LABEL, label):
             fail(f"{path}: arms.{label}: a label consists of a-z, 0-9 and -")
-        check_keys(arm, ARM_KEYS, f"{path}: arms.{label}")
+        check_keys(arm if type(arm) is dict else {}, ARM_KEYS, f"{path}: arms.{label}")
     return matrix
 
 
@@ -192,7 +190,7 @@ def result_path(results: Path, matrix: str, task: str, label: str, seed: int) ->
 def plan_runs(path: Path, runs: Path, results: Path) -> list[Run]:
     """All runs of a matrix, the first seed's first. Ends with one line if one of them could not be played."""
     matrix = load_matrix(path)
-    arms, known, plan = {}, set(), []  # known: (script, task) whose protocol was looked up
+    arms, plan = {}, []
     for label, arm in matrix["arms"].items():
         where, flags = f"{path}: arms.{label}", matrix["flags"] | arm.get("flags", {})
         script = load_script(arm["script"], where)
@@ -203,9 +201,8 @@ def plan_runs(path: Path, runs: Path, results: Path) -> list[Run]:
         script, flags, parsed = arms[label]
         try:
             checked = dataclasses.replace(parsed, env_id=task, seed=seed, threads=matrix["cpus"])
-            if (script, task) not in known:
-                script.env_protocol(checked)
-                known.add((script, task))
+            if seed == matrix["seeds"][0]:
+                script.env_protocol(checked)  # ends with one line if there is no such task
         except (ValueError, SystemExit) as error:
             fail(f"{path}: arms.{label}: {str(error).removeprefix('error: ')}")
         compared = vars(checked).keys() - script.MAY_CHANGE - OWN_FLAGS - {"checkpoint_interval"}
@@ -213,8 +210,8 @@ def plan_runs(path: Path, runs: Path, results: Path) -> list[Run]:
         folder = runs / path.stem / f"{file_name(task)}__{label}__{seed}"
         flags = {"env-id": task, "seed": seed, "threads": matrix["cpus"]} | flags | {"run-dir": folder}
         result = result_path(results, path.stem, task, label, seed)
-        run = Run(len(plan), task, label, seed, f"{script.__name__}.py", flags, vars(checked), compared, folder, result)
-        plan.append(dataclasses.replace(run, gpus=matrix["gpus"]))
+        place = len(plan), matrix["gpus"], task, label, seed
+        plan.append(Run(*place, f"{script.__name__}.py", flags, vars(checked), compared, folder, result))
     return plan
 
 
@@ -300,8 +297,8 @@ def hardware(gpu: bool) -> dict[str, Any]:
 def write_result(path: Path, games: bytes, record: dict[str, Any]) -> None:
     """`games`: the content of an episodes.csv, packed so that the same games give the same bytes. Then the .json."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    packed = gzip.compress(games, mtime=0)
-    for target, data in ((path.with_suffix(".csv.gz"), packed), (path, (json.dumps(record, indent=2) + "\n").encode())):
+    text = json.dumps(record, indent=2) + "\n"
+    for target, data in ((path.with_suffix(".csv.gz"), gzip.compress(games, mtime=0)), (path, text.encode())):
         temporary = target.with_name(f".{target.name}.{platform.node()}-{os.getpid()}")
         temporary.write_bytes(data)
         os.replace(temporary, target)  # whoever finds the file finds it whole
@@ -375,15 +372,11 @@ def play(run: Run, folder: str) -> tuple[bool, str]:
         return True, "another process plays it, left alone"
     for _ in range(2):
         try:
-            state = find_state(run)  # anew: another process may have played it meanwhile
-            if state == "done":
-                return True, "done by another process"
-            code = 0 if state == "finished, not exported" else train(run, log)
+            code = train(run, log)  # a finished run's ends at once
             if code == 0 and is_finished(run.folder, run.values["eval_episodes"]):
                 return True, f"done, {export(run.folder, run.result)}"
-            lines = run.log.read_text(errors="replace").splitlines()
-            said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-            problem = f"exit code {code}: {said}" if code else "it was stopped from outside"
+            *_, last_line = ["no output", *run.log.read_text(errors="replace").strip().splitlines()]
+            problem = f"exit code {code}: {last_line}" if code else "it was stopped from outside"
         except (OSError, ValueError, KeyError, SystemExit) as error:
             problem = str(error).removeprefix("error: ")
     return False, f"{problem}; {run.log}"
@@ -424,7 +417,7 @@ def play_on_ray(runs: list[Run], address: str | None, tell: Callable[[Run, bool,
                 tell(pending[ended], False, str(error).strip().splitlines()[-1])
             del pending[ended]
     except KeyboardInterrupt:
-        print("stopping: every run saves a checkpoint; repeat to exit at once", flush=True)
+        print("stopping: every run saves; repeat to exit at once", flush=True)
         for task in pending:
             ray.cancel(task)
         ray.wait(list(pending), num_returns=len(pending))
