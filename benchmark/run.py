@@ -164,17 +164,16 @@ def flag_words(flags: dict[str, Any]) -> list[str]:
     return words
 
 
-def parse_flags(flags: dict[str, Any], script: types.ModuleType, where: str) -> Any:
+def parse_words(words: list[str], script: types.ModuleType, where: str) -> Any:
     """The script's Args, read as the script will read them. What it would refuse is refused here, in one line."""
-    if own := OWN_FLAGS & {flag.replace("-", "_") for flag in flags}:
-        fail(f"{where}: --{min(own).replace('_', '-')} is not for the matrix to set")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(script.Args, args=flag_words(flags))
+            return tyro.cli(script.Args, args=words)
     except SystemExit:
-        lines = (line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines())
-        fail(f"{where}: {script.__name__}.py: {' '.join(filter(None, lines))}")
+        _, *lines = (line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines())  # without box and title
+        text = " ".join(line for line in lines if line.strip("-")).partition(" For full helptext")[0]
+        fail(f"{where}: {script.__name__}.py: {text}")
 
 
 def file_name(task: str) -> str:
@@ -194,7 +193,9 @@ def plan_runs(path: Path, runs: Path, results: Path) -> list[Run]:
     for label, arm in matrix["arms"].items():
         where, flags = f"{path}: arms.{label}", matrix["flags"] | arm.get("flags", {})
         script = load_script(arm["script"], where)
-        arms[label] = script, flags, parse_flags(flags, script, where)
+        if own := OWN_FLAGS & {flag.replace("-", "_") for flag in flags}:
+            fail(f"{where}: --{min(own).replace('_', '-')} is not for the matrix to set")
+        arms[label] = script, flags, parse_words(flag_words(flags), script, where)
         if flags.get("device", "auto") not in ("auto", "cpu") and not matrix["gpus"]:
             fail(f"{where}: device = {flags['device']!r}, but gpus = 0")
     for seed, task, label in itertools.product(matrix["seeds"], matrix["tasks"], arms):
