@@ -244,13 +244,14 @@ def find_state(run: Run) -> str:
         return "to do"
     if wrong := difference(run, run.folder / "args.json"):
         return f"differs: {wrong}"
-    if is_finished(run.folder, run.values["eval_episodes"]):
+    if is_finished(run):
         return "finished, not exported"
     return f"interrupted at step {saved_step(run.folder)}"
 
 
-def is_finished(folder: Path, eval_episodes: int) -> bool:
-    return (folder / "model.pt").exists() and (eval_episodes == 0 or (folder / "evaluation.json").exists())
+def is_finished(run: Run) -> bool:
+    evaluated = (run.folder / "evaluation.json").exists() or not run.values["eval_episodes"]
+    return evaluated and (run.folder / "model.pt").exists()
 
 
 def saved_step(folder: Path) -> int:
@@ -322,18 +323,16 @@ def collect(folders: tuple[Path, ...], runs: list[Run]) -> None:
     for folder in folders:
         try:
             arguments = json.loads((folder / "args.json").read_text())["arguments"]
-            task, seed, games = arguments["env_id"], arguments["seed"], arguments["eval_episodes"]
+            which = arguments["env_id"], arguments["seed"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"{folder} is not the folder of a run: args.json: {error}")
-        candidates = [run for run in runs if (run.task, run.seed) == (task, seed)]
-        wrong = [difference(run, folder / "args.json") for run in candidates] or [f"it has no {task} with seed {seed}"]
+        candidates = [dataclasses.replace(run, folder=folder) for run in runs if (run.task, run.seed) == which]
+        wrong = [difference(run, folder / "args.json") for run in candidates] or [f"it has no {which}"]
         if "" not in wrong:
             fail(f"{folder} is no run of this matrix: {'; '.join(wrong)}")
         run = candidates[wrong.index("")]
-        if not is_finished(folder, games):
-            fail(f"{folder} has not ended; go on with it first: python {run.script} --resume {folder}")
-        if run.result.exists():
-            fail(f"{run.result} is there already; {folder} would replace it")
+        if (state := find_state(run)) != "finished, not exported":
+            fail(f"{folder} is {state}; {run.result}")
         print(f"{run.result}: {export(folder, run.result)}")
 
 
@@ -373,8 +372,8 @@ def play(run: Run, folder: str) -> tuple[bool, str]:
         return True, "another process plays it, left alone"
     for _ in range(2):
         try:
-            code = train(run, log)  # a finished run's ends at once
-            if code == 0 and is_finished(run.folder, run.values["eval_episodes"]):
+            code = 0 if is_finished(run) else train(run, log)
+            if is_finished(run):
                 return True, f"done, {export(run.folder, run.result)}"
             *_, last_line = ["no output", *run.log.read_text(errors="replace").strip().splitlines()]
             problem = f"exit code {code}: {last_line}" if code else "it was stopped from outside"
