@@ -27,8 +27,7 @@ import sprig_atari
 import sprig_continuous
 
 MATRICES = sorted((ROOT / "benchmark" / "matrices").glob("*.toml"))
-TINY = """
-question = "Does it run?"
+TINY = """question = "Does it run?"
 tasks = ["CartPole-v1"]
 seeds = [1]
 [flags]
@@ -44,14 +43,12 @@ max-episode-steps = 20
 title = "PPO"
 script = "ppo_continuous_baseline.py"
 """
-SPRIG = """
-[arms.sprig]
+SPRIG = """[arms.sprig]
 title = "SPRIG"
 script = "sprig_continuous.py"
 flags = { perception-cost-weight = 0.5 }
 """
-DIVERGING = """
-[arms.diverging]
+DIVERGING = """[arms.diverging]
 title = "a step size that no network survives"
 script = "ppo_continuous_baseline.py"
 flags = { learning-rate = 1e30 }
@@ -75,13 +72,13 @@ def write_matrix(text=TINY, name="tiny", changes=()):
 
 
 def start(matrix, *flags):
+    """run.py in a process of its own, which loads Ray."""
     command = [sys.executable, ROOT / "benchmark" / "run.py", matrix, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def play(matrix, *flags):
-    """(exit code, what it says) of run.py in a process of its own, which loads Ray."""
-    process = start(matrix, *flags)
+def end(process):
+    """(exit code, what it said)"""
     output, errors = process.communicate(timeout=300)
     assert "Traceback" not in errors, errors
     return process.returncode, output + errors
@@ -127,7 +124,7 @@ def wait_for(condition, process=None, seconds=120):
 
 
 def test_a_matrix_is_played_exported_and_then_skipped_and_what_fails_is_tried_twice(folder, capsys):
-    code, said = play(write_matrix(TINY + DIVERGING))
+    code, said = end(start(write_matrix(TINY + DIVERGING)))
     assert code == 1, said
     log = folder / "runs" / "tiny" / "CartPole-v1__diverging__1.log"
     assert log.read_text().count("is not finite") == 2 and said.count("is not finite") == 2, "as it ends, in the list"
@@ -137,11 +134,9 @@ def test_a_matrix_is_played_exported_and_then_skipped_and_what_fails_is_tried_tw
     result = folder / "results" / "tiny" / "CartPole-v1" / "ppo_seed1.json"
     record = json.loads(result.read_text())
     keys = {"script", "arguments", "protocol", "versions", "hardware", "trained_steps", "evaluation"}
-    assert set(record) == keys and list(record["hardware"]) == ["cpu", "cores", "gpu"]
-    assert record["arguments"]["run_dir"] == "" and record["arguments"]["threads"] == 1
+    assert set(record) == keys and record["arguments"]["run_dir"] == ""
     assert record["trained_steps"] == 256 and len(record["evaluation"]["returns"]) == 2
     packed = result.with_suffix(".csv.gz").read_bytes()
-    assert packed[4:8] == bytes(4), "no time in gzip's header"
     assert gzip.decompress(packed) == (folder / "runs/tiny/CartPole-v1__ppo__1/episodes.csv").read_bytes()
     assert len(games(result.with_suffix(".csv.gz"))) > 8
     matrix = write_matrix()
@@ -164,9 +159,8 @@ def test_interrupted_and_killed_runs_end_like_one_left_alone(folder, capsys):
     killed = runner.saved_step(run.folder)
     wait_for(lambda: runner.saved_step(run.folder) > killed, process)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors, errors
-    assert "the same command goes on" in output and not scripts_in(folder), "nobody trains on"
+    code, said = end(process)
+    assert code == 130 and "the same command goes on" in said and not scripts_in(folder), "nobody trains on"
     assert "go on with: " in run.log.read_text(), "it was given the time to save"
     step = runner.saved_step(run.folder)
     assert states(matrix, capsys) == [f"interrupted at step {step}"] and killed < step < 16384
@@ -201,13 +195,9 @@ def test_states_printed_commands_and_refused_differences(folder, capsys):
     subprocess.run(line.split("to do", 1)[1].split(), check=True, capture_output=True)  # just as it is printed
     assert states(matrix, capsys) == ["done", "finished, not exported", "to do"]
     play_only(matrix, index=1)
-    begun = folder / "runs" / "tiny" / "CartPole-v1__ppo__3"
-    begun.mkdir()
-    (begun / "args.json").write_text("killed before it had learnt anything")
+    (folder / "runs" / "tiny" / "CartPole-v1__ppo__3").mkdir()  # killed before it had learnt anything
     play_only(matrix, index=2)
     assert states(matrix, capsys) == ["done"] * 3
-    (aside,) = folder.glob("runs/tiny/*__3__*/args.json")
-    assert aside.read_text() == "killed before it had learnt anything"
     result = "results/tiny/CartPole-v1/ppo_seed1.json"
     for name, value, said in (
         ("gamma", 0.5, "was made with --gamma 0.5, not 0.99"),  # another default was in force
@@ -224,8 +214,6 @@ def test_states_printed_commands_and_refused_differences(folder, capsys):
         Path(result).write_text(kept)
     with pytest.raises(SystemExit, match="ppo__1/args.json was made with --max-episode-steps 20, not 19"):
         runner.main(runner.Args(write_matrix(changes={"-steps = 20": "-steps = 19"}), results=Path("others"), only=0))
-    with pytest.raises(SystemExit, match="--only 3: tiny.toml has runs 0 to 2"):
-        play_only(write_matrix(changes=three), index=3)
 
 
 def test_runs_made_by_hand_join_the_matrix_that_they_fit(folder, capsys):
@@ -259,13 +247,11 @@ def test_a_fork_is_played_like_the_scripts(folder, monkeypatch):
 
 BAD = {
     "unknown key": ({"tasks =": "games ="}, "games is not a key"),
-    "missing key": ({"seeds = [1]": ""}, "seeds is missing"),
     "not TOML": ({"seeds = [1]": "seeds = [1"}, "is not TOML"),
     "unknown script": ({"ppo_continuous_baseline.py": "ppo.py"}, "there is no script 'ppo.py' in"),
     "unknown flag": ({"num-steps": "num-step"}, "Unrecognized options: --num-step, 32 Perhaps you meant: --num-steps"),
     "flag of the runner": ({"num-steps = 32": "num-steps = 32\nseed = 3"}, "--seed is not for the matrix"),
     "label": ({"[arms.ppo]": "[arms.PPO_1]"}, "arms.PPO_1: a label consists of"),
-    "arm that is no table": ({"[arms.ppo]": "[arms]"}, "arms.title: title is missing"),
     "double seed": ({"seeds = [1]": "seeds = [1, 2, 1]"}, "is not a list of int, at least one, each once"),
     "type": ({"num-steps = 32": "num-steps = 32.5"}, "Error parsing --num-steps: invalid literal for int()"),
     "no cores": ({"seeds = [1]": "seeds = [1]\ncpus = 0"}, "a run takes at least one of cpus"),
@@ -285,15 +271,14 @@ def test_what_is_wrong_with_a_matrix_is_said_before_anything_starts(case, folder
 
 
 def test_bad_input_ends_with_one_line_and_exit_code_1(folder):
-    code, said = play("missing.toml")
+    code, said = end(start("missing.toml"))
     assert code == 1 and said == "error: missing.toml cannot be read: No such file or directory\n"
-    code, said = play(write_matrix(changes={"seeds = [1]": "seeds = [1]\ncpus = 200"}))
+    code, said = end(start(write_matrix(changes={"seeds = [1]": "seeds = [1]\ncpus = 200"})))
     assert code == 1 and said.splitlines()[-1] == "error: a run needs 200 CPUs and 0 GPUs, which no machine has"
-    code, said = play(write_matrix(), "--address", "127.0.0.1:1")
+    code, said = end(start(write_matrix(), "--address", "127.0.0.1:1"))
     assert code == 1 and said.splitlines()[-1] == "error: --address 127.0.0.1:1: [Errno 111] Connection refused"
-    (folder / "taken").touch()
-    with pytest.raises(SystemExit, match="--results taken/x cannot be written: Not a directory"):
-        runner.main(runner.Args(write_matrix(), results=Path("taken/x")))
+    with pytest.raises(SystemExit, match="--results tiny.toml/x cannot be written: Not a directory"):
+        runner.main(runner.Args(write_matrix(), results=Path("tiny.toml/x")))
 
 
 @pytest.mark.parametrize("path", MATRICES, ids=lambda path: path.stem)
@@ -311,7 +296,6 @@ def test_committed_matrices_are_sound_and_committed_results_are_theirs(path):
         ({"settings": "cleanrl", "family": "continuous"}, "--settings cleanrl is for Atari"),
         ({"against": Path("/proc")}, "--against /proc has no ppo_atari_baseline.py"),
         ({"cleanrl": ROOT}, "has no cleanrl/ppo_atari.py"),
-        ({"cleanrl_python": "nowhere"}, "--cleanrl-python nowhere is not a program"),
         ({"results": Path("/proc/x")}, "--results /proc/x cannot be written"),
         ({"results": ROOT / "benchmark" / "results", "name": "speed"}, "speed.csv or its .md is there already"),
     ],
