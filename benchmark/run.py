@@ -17,9 +17,8 @@ yours; what is published lies in benchmark/results.
 
 Call the same command again as often as you like: what is finished is skipped, what was interrupted goes on and ends as
 if it had been left alone, what failed is tried once more, then listed (exit code 1). What was made with other flags or
-another length than the matrix says is refused by name. Ctrl-C and SIGTERM let every run save (exit code 130).
-
-On a cluster, and under Slurm, this folder, `runs` and `results` must lie on a file system that all machines share.
+another length than the matrix says is refused by name. Ctrl-C and SIGTERM let every run save (exit code 130). On a
+cluster, and under Slurm, this folder, `runs` and `results` must lie on a file system that all machines share.
 """
 
 import contextlib
@@ -275,18 +274,15 @@ def lock_log(run: Run) -> BinaryIO | None:
 
 def command(run: Run) -> list[str]:
     """The script with its flags, or told to go on with what is there."""
-    start = [sys.executable, os.path.relpath(ROOT / run.script)]
-    if (run.folder / "checkpoint.pt").exists():
-        return [*start, "--resume", str(run.folder)]
-    return start + flag_words(run.flags)
+    goes_on = (run.folder / "checkpoint.pt").exists()
+    words = ["--resume", str(run.folder)] if goes_on else flag_words(run.flags)
+    return [sys.executable, os.path.relpath(ROOT / run.script), *words]
 
 
 def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown CPU"
+    known = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    found = re.search(r"model name\s*: (.*)", known)
+    return found[1] if found else platform.processor() or "unknown CPU"
 
 
 def hardware(gpu: bool) -> dict[str, Any]:
@@ -460,7 +456,8 @@ def main(args: Args) -> None:
     if wrong := [state for state in states.values() if state.startswith("differs")]:
         fail(f"{wrong[0].removeprefix('differs: ')}; move it away, or give the matrix another name")
     to_play = [run for run in runs if states[run.index] != "done"]
-    print(f"{args.matrix}: {len(runs)} runs, {len(runs) - len(to_play)} done, {len(to_play)} to play", flush=True)
+    counts = f"{len(runs)} runs, {len(runs) - len(to_play)} done, {len(to_play)} to play"
+    print(f"{args.matrix}: {counts}; logs: {args.runs}/{args.matrix.stem}/", flush=True)
     failures = []
 
     def tell(run: Run, well: bool, text: str) -> None:
@@ -472,7 +469,6 @@ def main(args: Args) -> None:
             for run in to_play:
                 tell(run, *play(run, os.getcwd()))
         elif to_play:
-            print(f"what they print: {args.runs / args.matrix.stem}/*.log", flush=True)
             play_on_ray(to_play, args.address, tell)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here")

@@ -8,13 +8,12 @@
     python benchmark/speed.py --cleanrl CLONE --cleanrl-python PYTHON   # CleanRL's PPO takes part
 
 Every contestant is a program started from outside, as a user would start it, without evaluation: once for one rollout,
-once for `rollouts` more. The difference is what the further steps took, start-up left out; so any script is measured
-alike, whatever it logs. In a round all take their turn, in every other round backwards, so that a machine whose speed
-drifts slows all of them; ratios are taken within a round. On a busy machine trust those per second of CPU, which the
-work of others does not enter. stable-baselines3 plays through its own wrappers: Atari's, environments in one process
-(its default), or VecNormalize. CleanRL's ppo_atari.py or ppo_continuous_action.py runs as it is in a clone of
-https://github.com/vwxyzjn/cleanrl, with as many environments, steps, minibatches and epochs (on HalfCheetah-v4, as it
-asks for a Gymnasium that has no v5).
+once for `rollouts` more. The difference is what the further steps took, start-up left out, whatever a script logs. In a
+round all take their turn, in every other one backwards, as the speed of machines drifts; ratios are taken within a
+round. On a busy machine trust those per second of CPU, which the work of others does not enter. stable-baselines3 plays
+through its own wrappers: Atari's, environments in one process (its default), or VecNormalize. CleanRL's ppo_atari.py or
+ppo_continuous_action.py runs as it is in a clone of https://github.com/vwxyzjn/cleanrl, with as many environments,
+steps, minibatches and epochs (on HalfCheetah-v4, as it asks for a Gymnasium that has no v5).
 
 Writes <results>/<name>.csv, all that was measured, and .md, medians with least and greatest, anew after each round.
 """
@@ -91,7 +90,7 @@ class Args:
     results: Path = Path("results")
     """folder of the table and its data"""
     name: str = ""
-    """of their files (default: speed_<family>, with _<settings> and _against)"""
+    """of their files (default: speed_<family>_<settings>[_against])"""
     reference: int = 0
     """train stable-baselines3 for so many agent steps in this process, and measure nothing"""
 
@@ -209,22 +208,16 @@ def check(args: Args) -> Args:
 
         if not torch.cuda.is_available():
             fail("--device cuda: PyTorch finds no GPU here")
-    needed = [("--against", args.against, name) for name in SCRIPTS[args.family]]
-    needed.append(("--cleanrl", args.cleanrl, CLEANRL_SCRIPTS[args.family]))
-    for flag, folder, name in needed:
+    needed = [(args.cleanrl, CLEANRL_SCRIPTS[args.family]), *((args.against, name) for name in SCRIPTS[args.family])]
+    for folder, name in needed:
         if folder and not (folder / name).is_file():
-            fail(f"{flag} {folder} has no {name}")
+            fail(f"{folder} has no {name}")
     if not (python := shutil.which(args.cleanrl_python)):
         fail(f"--cleanrl-python {args.cleanrl_python} is not a program")
-    atari = args.family == "atari"
-    name = f"speed_{args.family}" + ("" if args.settings == "default" else f"_{args.settings}")
-    return dataclasses.replace(
-        args,
-        cleanrl_python=os.path.abspath(python),
-        rollouts=args.rollouts or (8 if atari else 20),
-        threads=args.threads or (2 if atari else 1),
-        name=args.name or name + ("_against" if args.against else ""),
-    )
+    rollouts, threads = (8, 2) if args.family == "atari" else (20, 1)
+    name = args.name or f"speed_{args.family}_{args.settings}{'_against' if args.against else ''}"
+    counts = {"rollouts": args.rollouts or rollouts, "threads": args.threads or threads}
+    return dataclasses.replace(args, **counts, name=name, cleanrl_python=os.path.abspath(python))
 
 
 def main(args: Args) -> None:
@@ -254,14 +247,11 @@ def main(args: Args) -> None:
             measured[name] = measure(commands[name], name, settings.num_envs * settings.num_steps, args)
             print(f"round {number + 1}, {name}: {measured[name][STEPS]:.0f} steps/s", file=sys.stderr, flush=True)
         rounds.append(measured)
-        rows = [
-            (name, number, quantity, f"{value:.6g}")
-            for number, each in enumerate(rounds, start=1)
-            for name, values in each.items()
-            for quantity, value in values.items()
-        ]
         with open(output, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([("contestant", "round", "quantity", "value"), *rows])
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["contestant", "round", "quantity", "value"])
+            for (k, each), name, quantity in itertools.product(enumerate(rounds, 1), commands, (STEPS, CPU, MEMORY)):
+                writer.writerow([name, k, quantity, f"{each[name][quantity]:.6g}"])
         output.with_suffix(".md").write_text(table(rounds, heading, args))
     print(output.with_suffix(".md").read_text(), end="")
 

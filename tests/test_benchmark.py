@@ -142,7 +142,7 @@ def test_a_matrix_is_played_exported_and_then_skipped_and_what_fails_is_tried_tw
     matrix = write_matrix()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     runner.main(runner.Args(matrix))
-    assert capsys.readouterr().out == "tiny.toml: 1 runs, 1 done, 0 to play\n"
+    assert capsys.readouterr().out == "tiny.toml: 1 runs, 1 done, 0 to play; logs: runs/tiny/\n"
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
@@ -294,7 +294,7 @@ def test_committed_matrices_are_sound_and_committed_results_are_theirs(path):
         ({"rounds": 0}, "--rounds 0 is less than 1"),
         ({"flags": "--num-step 3"}, "--flags: ppo_atari_baseline.py: Unrecognized options: --num-step"),
         ({"settings": "cleanrl", "family": "continuous"}, "--settings cleanrl is for Atari"),
-        ({"against": Path("/proc")}, "--against /proc has no ppo_atari_baseline.py"),
+        ({"against": Path("/proc")}, "/proc has no ppo_atari_baseline.py"),
         ({"cleanrl": ROOT}, "has no cleanrl/ppo_atari.py"),
         ({"results": Path("/proc/x")}, "--results /proc/x cannot be written"),
         ({"results": ROOT / "benchmark" / "results", "name": "speed"}, "speed.csv or its .md is there already"),
