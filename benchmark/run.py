@@ -288,8 +288,8 @@ def cpu_model() -> str:
 def hardware(gpu: bool) -> dict[str, Any]:
     """Of this machine; `gpu` says whether the run could use one."""
     query = "nvidia-smi --query-gpu=name --format=csv,noheader"
-    names = subprocess.run(query, shell=True, capture_output=True, text=True).stdout.splitlines() if gpu else []
-    return {"cpu": cpu_model(), "cores": os.cpu_count(), "gpu": names[0] if names else None}
+    names = subprocess.run(query, shell=True, capture_output=True, text=True).stdout if gpu else ""
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "gpu": names.partition("\n")[0] or None}
 
 
 def write_result(path: Path, games: bytes, record: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from typing import Annotated
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (1, 2)]
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -67,10 +68,11 @@ def hold_each_action(settings: Args) -> list[list]:
     """Rows of the table: what is held down (in the last row: drawn at each step), returns, lengths in agent steps."""
     script = ppo_atari_baseline
     args = script.Args(env_id=settings.env_id, seed=settings.seed, eval_episodes=settings.games)
-    envs = script.make_envs(args, num_envs=1)
-    count = int(envs.single_action_space.n)
-    envs.close()
-    held = {str(action): -1e9 * (torch.arange(count) != action).float() for action in range(count)}
+    script.env_protocol(args)  # ends with one line if there is no such game
+    game = gym.make(settings.env_id)
+    count = int(game.action_space.n)
+    names = game.unwrapped.get_action_meanings() if hasattr(game.unwrapped, "get_action_meanings") else range(count)
+    held = {name: -1e9 * (torch.arange(count) != action).float() for action, name in enumerate(names)}
     rows = [["held down", "return", "lowest", "highest", "agent steps per game"]]
     for name, logits in (held | {"any at random": torch.zeros(count)}).items():
         played = script.evaluate(torch.nn.Identity(), Blind(logits), args)
