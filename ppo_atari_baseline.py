@@ -16,15 +16,12 @@ import difflib
 import hashlib
 import json
 import os
-import platform
 import random
 import re
-import shlex
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
-from datetime import timedelta
 from importlib import metadata
 from math import inf
 from pathlib import Path
@@ -49,9 +46,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 gym.register_envs(ale_py)
 
-# ==================================================================================================
-# Arguments
-# ==================================================================================================
+# ==== Arguments ===================================================================================
 Count = Annotated[int, (1, inf)]
 Amount = Annotated[int, (0, inf)]
 Weight = Annotated[float, (0, inf)]
@@ -136,9 +131,7 @@ def say(text: str, stream=None) -> None:
         print(text, end="", file=stream or sys.stderr, flush=True)
 
 
-# ==================================================================================================
-# Environment
-# ==================================================================================================
+# ==== Environment =================================================================================
 def env_protocol(args: Args) -> dict:
     """How the game is played: what two results must share to be comparable. Ends the run on an id that does not fit.
     Atari: as Mnih et al. 2015 and Machado et al. 2018 (arXiv 1709.06009); MinAtar: Young, Tian 2019 (arXiv 1903.03176).
@@ -265,9 +258,7 @@ def begin_games(args: Args, *stream: int, num_envs: int | None = None) -> tuple[
     return envs, envs.reset(seed=seeds)[0]
 
 
-# ==================================================================================================
-# Leader
-# ==================================================================================================
+# ==== Leader ======================================================================================
 def init_layer(layer: nn.Module, std: float = 2**0.5) -> nn.Module:
     """Orthogonal weights, zero bias: the usual initialisation of PPO."""
     nn.init.orthogonal_(layer.weight, std)
@@ -300,9 +291,7 @@ class Leader(nn.Module):
         return x.flatten(1)  # (B, F)
 
 
-# ==================================================================================================
-# Follower
-# ==================================================================================================
+# ==== Follower ====================================================================================
 class Follower(nn.Module):
     """Policy and value heads, φ. features (B, F) -> logits (B, A), value (B,)."""
 
@@ -321,9 +310,7 @@ def action_distribution(logits: torch.Tensor) -> Distribution:
     return Categorical(logits=logits, validate_args=False)  # validation would wait for the GPU
 
 
-# ==================================================================================================
-# Rollout
-# ==================================================================================================
+# ==== Rollout =====================================================================================
 class Batch(NamedTuple):
     """Transitions, flat: what the losses need of a rollout."""
 
@@ -385,9 +372,7 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
     return Batch(*(column.flatten(0, 1) for column in columns)), obs, games
 
 
-# ==================================================================================================
-# Losses
-# ==================================================================================================
+# ==== Losses ======================================================================================
 def policy_objective(log_ratio, advantages, clip_coef):
     """PPO's clipped surrogate, to maximise: (B,) log ratios and advantages -> (B,)."""
     ratio = log_ratio.exp()
@@ -417,9 +402,7 @@ def follower_loss(logits, values, batch: Batch, args: Args):
     return loss, {tag: x.detach() for tag, x in info.items()}
 
 
-# ==================================================================================================
-# Update
-# ==================================================================================================
+# ==== Update ======================================================================================
 def gradient_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict:
     """One minibatch: encoder and heads descend one loss under one norm clip. Returns what to log."""
     optimizer.zero_grad()
@@ -453,9 +436,7 @@ def update(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Ar
     return {tag: mean.item() for tag, mean in metrics.items()}
 
 
-# ==================================================================================================
-# Evaluation
-# ==================================================================================================
+# ==== Evaluation ==================================================================================
 @torch.no_grad()
 def evaluate(leader: Leader, follower: Follower, args: Args) -> dict:
     """Play `args.eval_episodes` whole games on seeds that training never used, one environment per game, each game
@@ -487,9 +468,7 @@ def load_agent(run_dir: Path | str, device: str = "cpu") -> tuple[Args, Leader, 
     return args, leader, follower
 
 
-# ==================================================================================================
-# Main
-# ==================================================================================================
+# ==== Main ========================================================================================
 # What may differ when a run is resumed or evaluated: how long it is, and where it runs.
 MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_greedy", "track", "resume", "evaluate"}
 
@@ -545,7 +524,7 @@ def start_run(args: Args) -> Path:
         fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
     run_dir.mkdir(parents=True, exist_ok=True)
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "ale-py")}
-    versions |= {"python": platform.python_version(), "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+    versions |= {"python": sys.version.split()[0], "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     record = {"script": Path(__file__).name, "arguments": asdict(args) | {"resume": None}, "versions": versions}
     write(run_dir / "args.json", record | {"protocol": env_protocol(args)})
     return run_dir
@@ -616,8 +595,8 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
             writer.add_scalar(tag, value, step, started + seconds)
         if over or sys.stderr.isatty() or seconds - shown >= 60:  # a log file gets a line a minute
             total, shown, score = last * rollout_size, seconds, f"{np.mean(scores[-20:]):.1f}" if scores else "-"
-            bar, left = "#" * (20 * step // total), timedelta(seconds=round((total - step) / speed))
-            line = f"[{bar:20}] {step:,} of {total:,} steps, {speed:.0f}/s, {left} left, return {score}"
+            bar, hours = "#" * (20 * step // total), (total - step) / speed / 3600
+            line = f"[{bar:20}] {step:,} of {total:,} steps, {speed:.0f}/s, {hours:.2f} h left, return {score}"
             say(f"\r{line}\033[K" if sys.stderr.isatty() else f"{line}\n")
         # Due if this rollout has crossed a multiple of the interval.
         if over or args.checkpoint_interval and step % args.checkpoint_interval < rollout_size:
@@ -626,8 +605,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
             write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
             envs = envs.close()
         if stops:
-            again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run_dir))}"
-            say(f"\nstopped at step {step}; go on with: {again}\n")
+            say(f"\nstopped at step {step}; go on with: python {sys.argv[0]} --resume '{run_dir}'\n")
             raise SystemExit(0)
     for number, handler in handlers.items():
         signal.signal(number, handler)
