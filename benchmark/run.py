@@ -381,6 +381,8 @@ def play(run: Run, folder: str) -> tuple[bool, str]:
 def play_on_ray(runs: list[Run], address: str | None, tell: Callable[[Run, bool, str], None]) -> None:
     """As many at a time as there are resources for; `tell` is called as each ends."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read as Ray is imported
+    if address and Path("~/.ray/auth_token").expanduser().exists():  # which the cluster's head made, since Ray 2.59
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError:
@@ -434,14 +436,12 @@ def print_table(runs: list[Run]) -> None:
 
 
 def main(args: Args) -> None:
-    """Raises SystemExit with 1 if a run failed or the input is wrong, with 130 if it was interrupted."""
     for number in (signal.SIGINT, signal.SIGTERM):  # both raise KeyboardInterrupt, also where a shell ignores Ctrl-C
         signal.signal(number, signal.default_int_handler)
     runs = plan_runs(args.matrix, args.runs, args.results)
-    if args.only is not None:
-        if not 0 <= args.only < len(runs):
-            fail(f"--only {args.only}: {args.matrix} has runs 0 to {len(runs) - 1}")
-        runs = [runs[args.only]]
+    if args.only is not None and not 0 <= args.only < len(runs):
+        fail(f"--only {args.only}: {args.matrix} has runs 0 to {len(runs) - 1}")
+    runs = runs if args.only is None else [runs[args.only]]
     if args.collect:
         return collect(args.collect, runs)
     if args.dry_run:
@@ -465,17 +465,15 @@ def main(args: Args) -> None:
         failures.extend([] if well else [f"failed: {run.name}: {text}"])
 
     try:
-        if args.only is not None:
-            for run in to_play:
-                tell(run, *play(run, os.getcwd()))
-        elif to_play:
+        for run in to_play if args.only is not None else ():
+            tell(run, *play(run, os.getcwd()))
+        if to_play and args.only is None:
             play_on_ray(to_play, args.address, tell)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here")
         raise SystemExit(130) from None
     if failures:
-        print("\n".join(failures), file=sys.stderr)
-        raise SystemExit(1)
+        raise SystemExit("\n".join(failures))  # to stderr, with exit code 1
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import speed
 import sprig_atari
 import sprig_continuous
 
-MATRICES = sorted((ROOT / "benchmark" / "matrices").glob("*.toml"))
 TINY = """question = "Does it run?"
 tasks = ["CartPole-v1"]
 seeds = [1]
@@ -139,11 +138,10 @@ def test_a_matrix_is_played_exported_and_then_skipped_and_what_fails_is_tried_tw
         == (folder / "runs/tiny/CartPole-v1__ppo__1/episodes.csv").read_bytes()
     )
     assert len(games(result)) > 8
-    matrix = write_matrix()
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    runner.main(runner.Args(matrix))
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*")}
+    runner.main(runner.Args(write_matrix()))
     assert capsys.readouterr().out == "tiny.toml: 1 runs, 1 done, 0 to play; logs: runs/tiny/\n"
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*")}
 
 
 def test_interrupted_and_killed_runs_end_like_one_left_alone(folder, capsys):
@@ -200,7 +198,6 @@ def test_states_printed_commands_and_refused_differences(folder, capsys):
     result = "results/tiny/CartPole-v1/ppo_seed1.json"
     for name, value, said in (
         ("gamma", 0.5, "was made with --gamma 0.5, not 0.99"),  # another default was in force
-        ("max_episode_steps", 19, "was made with --max-episode-steps 19, not 20"),
         ("trained_steps", 224, "has 224 agent steps only"),
     ):
         kept = Path(result).read_text()
@@ -252,8 +249,6 @@ BAD = {
     "flag of the runner": ({"num-steps = 32": "num-steps = 32\nseed = 3"}, "--seed is not for the matrix"),
     "label": ({"[arms.ppo]": "[arms.PPO_1]"}, "arms.PPO_1: a label consists of"),
     "double seed": ({"seeds = [1]": "seeds = [1, 2, 1]"}, "is not a list of int, at least one, each once"),
-    "type": ({"num-steps = 32": "num-steps = 32.5"}, "Error parsing --num-steps: invalid literal for int()"),
-    "no cores": ({"seeds = [1]": "seeds = [1]\ncpus = 0"}, "a run takes at least one of cpus"),
     "hidden GPU": ({"num-steps = 32": "num-steps = 32\ndevice = 'cuda'"}, "device = 'cuda', but gpus = 0"),
     "the script's own check": ({"minibatch-size = 32": "minibatch-size = 7"}, "--minibatch-size 7 does not divide"),
     "unknown task": ({"CartPole-v1": "CartPol-v1"}, "CartPol-v1"),
@@ -270,8 +265,7 @@ def test_what_is_wrong_with_a_matrix_is_said_before_anything_starts(case, folder
 
 
 def test_bad_input_ends_with_one_line_and_exit_code_1(folder):
-    code, said = end(start("missing.toml"))
-    assert code == 1 and said == "error: missing.toml cannot be read: No such file or directory\n"
+    assert end(start("no.toml")) == (1, "error: no.toml cannot be read: No such file or directory\n")
     code, said = end(start(write_matrix(changes={"seeds = [1]": "seeds = [1]\ncpus = 200"})))
     assert code == 1 and said.splitlines()[-1] == "error: a run needs 200 CPUs and 0 GPUs, which no machine has"
     code, said = end(start(write_matrix(), "--address", "127.0.0.1:1"))
@@ -280,7 +274,7 @@ def test_bad_input_ends_with_one_line_and_exit_code_1(folder):
         runner.main(runner.Args(write_matrix(), results=Path("tiny.toml/x")))
 
 
-@pytest.mark.parametrize("path", MATRICES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmark/matrices/*.toml")), ids=lambda path: path.stem)
 def test_committed_matrices_are_sound_and_committed_results_are_theirs(path):
     runs = runner.plan_runs(path, Path("no-such-folder"), ROOT / "benchmark" / "results")
     assert all(run.seed < 101 for run in runs), "from 101 on, seeds are for tuning"
@@ -292,7 +286,6 @@ def test_committed_matrices_are_sound_and_committed_results_are_theirs(path):
     [
         ({"rounds": 0}, "--rounds 0 is less than 1"),
         ({"flags": "--num-step 3"}, "--flags: ppo_atari_baseline.py: Unrecognized options: --num-step"),
-        ({"settings": "cleanrl", "family": "continuous"}, "--settings cleanrl is for Atari"),
         ({"against": Path("/proc")}, "/proc has no ppo_atari_baseline.py"),
         ({"cleanrl": ROOT}, "has no cleanrl/ppo_atari.py"),
         ({"results": Path("/proc/x")}, "--results /proc/x cannot be written"),
