@@ -390,12 +390,13 @@ class Follower(nn.Module):
 
     def __init__(self, num_features: int, action_space: gym.spaces.Discrete):
         super().__init__()
-        self.hidden = init_layer(nn.Linear(num_features, 512))
-        self.actor = init_layer(nn.Linear(512, int(action_space.n)), std=0.01)
-        self.critic = init_layer(nn.Linear(512, 1), std=1.0)
+        width = min(512, num_features // 4)  # 512 on Atari, 128 on MinAtar
+        self.hidden = init_layer(nn.Linear(num_features, width))
+        self.actor = init_layer(nn.Linear(width, int(action_space.n)), std=0.01)
+        self.critic = init_layer(nn.Linear(width, 1), std=1.0)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = F.relu(self.hidden(features))  # (B, 512)
+        x = F.relu(self.hidden(features))  # (B, width)
         return self.actor(x), self.critic(x).squeeze(-1)
 
 
