@@ -974,7 +974,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         metrics["charts/learning_rate"] = optimizer.param_groups[-1]["lr"]
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step, started + seconds)
-        if attention and (over or iteration == 0 or step % 100_000 < rollout_size):
+        if any(leader.blocks) and (over or iteration == 0 or step % 100_000 < rollout_size):
             writer.add_image("leader/attention", picture, step, started + seconds, dataformats="HW")
         if over or sys.stderr.isatty() or seconds - shown >= 60:  # a log file gets a line a minute
             total, shown, score = last * rollout_size, seconds, f"{np.mean(scores[-20:]):.1f}" if scores else "-"
