@@ -20,12 +20,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import gymnasium as gym
 import imageio.v2 as imageio
 import imageio_ffmpeg
+import matplotlib.image
 import matplotlib.style
 import numpy as np
 import torch
@@ -109,7 +111,7 @@ def names(envs: gym.vector.VectorEnv, args) -> tuple[list[str], list[str]]:
 def overlay(grey: np.ndarray, share: np.ndarray, strength: float) -> np.ndarray:
     """Colour a grey picture (H, W) by attention as a multiple of the uniform share (H, W): red above 1, darker below,
     all of it times `strength` in [0, 1]. Returns (H, W, 3) uint8."""
-    heat = strength * (1 - 1 / share.clip(1))
+    heat = 0.8 * strength * (1 - 1 / share.clip(1))  # what is attended to stays visible
     grey = grey * (1 - strength * (1 - share.clip(0.3, 1)))
     return np.stack([grey + (255 - grey) * heat, grey * (1 - heat), grey * (1 - heat)], -1).astype(np.uint8)
 
@@ -177,7 +179,7 @@ class Screen:
                 if k == 1:  # rows are named once
                     axes.set_yticks(*ticks(entries))
         axes = self.figure.add_subplot(grid[1, :], ylim=(0, 1.3), yticks=[], xlim=(-0.6, len(actions) - 0.4))
-        axes.set_xticks(range(len(actions)), actions, rotation=90 if len(actions) > 2 * len(tiles) + 1 else 0)
+        axes.set_xticks(range(len(actions)), actions, rotation=90 if 1.1 * len(actions) > max(7, 4 * len(tiles)) else 0)
         self.bars = axes.bar(range(len(actions)), 0, 0.6)
         self.numbers = [axes.text(i, 1.1, "", ha="center") for i in range(len(actions))]
         self.state = self.figure.suptitle(" ", x=0.01, ha="left")
@@ -258,8 +260,13 @@ def play(script, run_args, leader, follower, args: Args) -> Iterator[np.ndarray]
 
 def main(args: Args) -> list[Path]:
     """Play, draw, write. Returns the paths of the video, the sheet and, if it is asked for, the GIF."""
-    if args.steps < 1 or not 0.1 <= args.fps <= 240:
-        fail(f"--steps must be at least 1 and --fps in [0.1, 240], not {args.steps} and {args.fps}")
+    for flag, value, low, high in (
+        ("steps", args.steps, 1, inf),
+        ("fps", args.fps, 0.1, 240),
+        ("seed", args.seed, 0, 2**32 - 1),
+    ):
+        if not low <= value <= high:
+            fail(f"--{flag} must lie in [{low:g}, {high:g}], not {value}")
     output = args.output or args.run
     paths = [output / name for name in ("watch.mp4", "watch.png", "watch.gif")[: 2 + args.gif]]
     for path in paths:
@@ -281,11 +288,11 @@ def main(args: Args) -> list[Path]:
                     kept, stride = kept[::2], 2 * stride
         kept += [np.zeros_like(picture)] * (len(kept) % 2)
         sheet = np.vstack([np.hstack(kept[i : i + 2]) for i in range(0, len(kept), 2)])
-        imageio.imwrite(sheet_path, sheet, comment=MARK)
+        matplotlib.image.imsave(sheet_path, sheet, metadata={"Comment": MARK})
         if args.gif:
-            small = "fps=8,scale=720:-1:flags=area,split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"
+            small = "fps=8,scale=880:-1:flags=area,split[a][b];[a]palettegen=128[p];[b][p]paletteuse=dither=none"
             command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", video_path, "-lavfi", small]
-            subprocess.run([*command, "-fs", "1900k", gif_path], check=True)
+            subprocess.run([*command, "-fs", "1600k", gif_path], check=True)
             gif_path.write_bytes(gif_path.read_bytes() + MARK.encode())  # what follows its end is not shown
         for path in paths:
             os.replace(Path(folder) / path.name, path)
@@ -297,7 +304,7 @@ def main(args: Args) -> list[Path]:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except (OSError, ValueError) as error:  # a full disk, a folder that cannot be written, a seed out of range
+    except OSError as error:  # a full disk, a folder that cannot be written
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted; nothing was written")
