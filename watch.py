@@ -233,9 +233,9 @@ def play(script, run_args, leader, follower, args: Args) -> Iterator[np.ndarray]
         if entries:
             tiles = [("environment", np.asarray(envs.render()[0]) if blank is None else blank)]
         elif run_args.env_id.startswith("MinAtar/"):
-            palette = np.array([(0, 0, 0), *matplotlib.colormaps["tab10"].colors])
-            top = ((obs[0] > 127) * np.arange(1, obs.shape[1] + 1)[:, None, None]).max(0)  # the last plane that is set
-            picture = (255 * palette[top]).astype(np.uint8)
+            palette = 255 * np.array(matplotlib.colormaps["Set3"].colors)  # 12; there are at most 10 planes
+            first = (obs[0] > 127).argmax(0)  # of the planes that are set at a location: the player's is 0
+            picture = (palette[first] * obs[0].any(0)[..., None]).astype(np.uint8)
             tiles, grey = [("what the agent sees: a colour for each plane", picture)], picture.mean(-1)
         else:
             tiles, grey = [("what the agent sees: the newest frame of its stack", obs[0, -1])], obs[0, -1]
