@@ -20,14 +20,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import inf
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import gymnasium as gym
 import imageio.v2 as imageio
 import imageio_ffmpeg
-import matplotlib.image
 import matplotlib.style
 import numpy as np
 import torch
@@ -43,10 +41,6 @@ NAMES = {  # entries and actions as Gymnasium documents them; MuJoCo, DM Control
     "Pendulum": ("cos angle, sin angle, angular velocity", "torque"),
     "MountainCar": ("position, velocity", "push left, do nothing, push right"),
     "Acrobot": ("cos 1, sin 1, cos 2, sin 2, angular velocity 1, angular velocity 2", "torque -1, no torque, torque 1"),
-    "LunarLander": (
-        "x, y, velocity x, velocity y, angle, angular velocity, left leg down, right leg down",
-        "do nothing, left engine, main engine, right engine",
-    ),
 }
 MINATAR = {"n": "no-op", "l": "left", "u": "up", "r": "right", "d": "down", "f": "fire"}
 
@@ -82,7 +76,7 @@ def load_run(run: Path):
     return script, *script.load_agent(run)
 
 
-def names(envs: gym.vector.VectorEnv, args) -> tuple[list[str], list[str]]:
+def label(envs: gym.vector.VectorEnv, args) -> tuple[list[str], list[str]]:
     """What entries of an observation (pixels: none) and actions are called, as far as that is known."""
     if hasattr(envs.unwrapped, "ale"):
         return [], [action.name for action in envs.unwrapped.ale.get_action_set()]
@@ -99,9 +93,11 @@ def names(envs: gym.vector.VectorEnv, args) -> tuple[list[str], list[str]]:
         entries = [f"pos {joint.name}" for joint in joints for _ in joint.qpos0][parts.pop("skipped_qpos", 0) :]
         entries += [f"vel {joint.name}" for joint in joints for _ in joint.damping]
         entries += [f"{key} {i}" for key, n in parts.items() if key not in ("qpos", "qvel") for i in range(n)]
-    if isinstance(space, gym.spaces.Box) and (hasattr(core, "model") or hasattr(core, "_env")):
-        model = core.model if hasattr(core, "model") else core._env.physics.model.ptr
-        actions = [model.actuator(i).name or model.joint(model.actuator_trnid[i, 0]).name for i in range(model.nu)]
+    physics = getattr(getattr(core, "_env", None), "physics", None)  # DM Control's
+    model = physics.model.ptr if physics else getattr(core, "model", None)
+    if isinstance(space, gym.spaces.Box) and hasattr(model, "actuator_trnid"):  # a motor without a name: its joint's
+        joints = [model.joint(i).name for i in range(model.njnt)] + [""] * model.ntendon
+        actions = [model.actuator(i).name or joints[model.actuator_trnid[i, 0]] for i in range(model.nu)]
     sizes = task.observation_space.shape[0], gym.spaces.flatdim(space)  # a wrapper may have changed them
     entries = entries if len(entries) == sizes[0] else [f"entry {i}" for i in range(sizes[0])]
     actions = actions if len(actions) == sizes[1] else [f"action {i}" for i in range(sizes[1])]
@@ -139,7 +135,7 @@ def attention_tiles(script, leader, obs: torch.Tensor, grey: np.ndarray | None) 
         if gate is not None:
             opened = gate.item()
             gate.zero_()
-            change = ((leader(obs) - features).norm() / features.norm()).item()
+            change = ((leader(obs) - features).norm() / (features.norm() + 1e-12)).item()
             gate.fill_(opened)
         entropy = script.perception_cost([weights], "entropy").item()
         title = f"layer {k + 1}, {'no gate' if gate is None else f'gate {opened:.3f}'}, entropy {entropy:.2f}\n"
@@ -150,14 +146,17 @@ def attention_tiles(script, leader, obs: torch.Tensor, grey: np.ndarray | None) 
         yield title, overlay(np.full(share.shape, 110.0) if grey is None else grey, share, min(change / FULL, 1))
 
 
-def ticks(entries: list[str]) -> tuple[list[float], list[str]]:
+def ticks(entries: list[str]) -> dict[float, str]:
     """Where names stand beside a map. Of more than 28 entries, groups with the same first word are named together."""
     if len(entries) <= 28:
-        return list(range(len(entries))), entries
-    groups = [(word, len(list(group))) for word, group in itertools.groupby(name.split()[0] for name in entries)]
-    ends = list(itertools.accumulate(count for _, count in groups))
-    legible = [(end - (n + 1) / 2, f"{word} x{n}") for end, (word, n) in zip(ends, groups) if n >= len(entries) / 28]
-    return [place for place, _ in legible], [label for _, label in legible]
+        return dict(enumerate(entries))
+    places, start = {}, 0
+    for word, group in itertools.groupby(name.split()[0] for name in entries):
+        count = len(list(group))
+        if count >= len(entries) / 28:  # else its name would lie on another
+            places[start + (count - 1) / 2] = f"{word} x{count}"
+        start += count
+    return places
 
 
 class Screen:
@@ -167,7 +166,8 @@ class Screen:
         style = {f"axes.spines.{side}": False for side in ("top", "right", "left")}
         style |= {"font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left"}
         matplotlib.style.use(["dark_background", style])
-        self.figure = Figure(figsize=(max(7, 4 * len(tiles)), 6.4), dpi=100, layout="constrained")
+        width = max(7, 4 * len(tiles))  # inches of 100 pixels
+        self.figure = Figure(figsize=(width, 6.4), dpi=100, layout="constrained")
         self.canvas, self.pictures, self.titles = FigureCanvasAgg(self.figure), [], []
         grid = self.figure.add_gridspec(2, len(tiles), height_ratios=(3, 1))
         for k, (title, picture) in enumerate(tiles):
@@ -175,11 +175,12 @@ class Screen:
             self.pictures.append(axes.imshow(picture, cmap="gray", vmin=0, vmax=255))
             self.titles.append(axes.set_title(title))
             if k and entries:
-                axes.set_xticks(*ticks(entries), rotation=90)
+                places = ticks(entries)
+                axes.set_xticks(list(places), places.values(), rotation=90)
                 if k == 1:  # rows are named once
-                    axes.set_yticks(*ticks(entries))
+                    axes.set_yticks(list(places), places.values())
         axes = self.figure.add_subplot(grid[1, :], ylim=(0, 1.3), yticks=[], xlim=(-0.6, len(actions) - 0.4))
-        axes.set_xticks(range(len(actions)), actions, rotation=90 if 1.1 * len(actions) > max(7, 4 * len(tiles)) else 0)
+        axes.set_xticks(range(len(actions)), actions, rotation=90 if 1.1 * len(actions) > width else 0)
         self.bars = axes.bar(range(len(actions)), 0, 0.6)
         self.numbers = [axes.text(i, 1.1, "", ha="center") for i in range(len(actions))]
         self.state = self.figure.suptitle(" ", x=0.01, ha="left")
@@ -209,10 +210,12 @@ class Screen:
 def play(script, run_args, leader, follower, args: Args) -> Iterator[np.ndarray]:
     """A picture (H, W, 3) uint8 for each step of one game: what the agent saw, and the score after its action."""
     run_args = replace(run_args, seed=args.seed, reward_delay=1)  # the score as it comes
-    if "render_mode" in inspect.signature(script.make_envs).parameters:  # begin_games calls it
-        script.make_envs = functools.partial(script.make_envs, render_mode="rgb_array")
+    make_envs = script.make_envs
+    if "render_mode" in inspect.signature(make_envs).parameters:  # begin_games calls it
+        script.make_envs = functools.partial(make_envs, render_mode="rgb_array")
     envs, obs = script.begin_games(run_args, 2, num_envs=1)
-    entries, actions = names(envs, run_args)
+    script.make_envs = make_envs
+    entries, actions = label(envs, run_args)
     screen, score, space = None, 0.0, envs.single_action_space
     if isinstance(space, gym.spaces.Box):  # the bounds of the wrapped task, at which actions are clipped
         low, high = envs.unwrapped.envs[0].env.action_space.low, envs.unwrapped.envs[0].env.action_space.high
@@ -236,7 +239,7 @@ def play(script, run_args, leader, follower, args: Args) -> Iterator[np.ndarray]
             palette = 255 * np.array(matplotlib.colormaps["Set3"].colors)  # 12; there are at most 10 planes
             first = (obs[0] > 127).argmax(0)  # of the planes that are set at a location: the player's is 0
             picture = (palette[first] * obs[0].any(0)[..., None]).astype(np.uint8)
-            tiles, grey = [("what the agent sees: a colour for each plane", picture)], picture.mean(-1)
+            tiles, grey = [("what the agent sees: a colour for each plane", picture)], 0.6 * picture.mean(-1)
         else:
             tiles, grey = [("what the agent sees: the newest frame of its stack", obs[0, -1])], obs[0, -1]
         if "num_rows" in inspect.signature(leader.forward).parameters:  # not in PPO's
@@ -249,10 +252,8 @@ def play(script, run_args, leader, follower, args: Args) -> Iterator[np.ndarray]
             bars = [(0, p, f"{100 * p:.0f} %") for p in policy.probs[0].tolist()]
         obs, rewards, _, _, info = envs.step(action.numpy())
         score += float(rewards[0])
-        screen, state = screen or Screen(tiles, entries, actions), f"step {step}, score {score:.5g}"
-        yield screen.draw(tiles, bars, f"{state}, value {value.item():.2f}")
-        if sys.stderr and sys.stderr.isatty():
-            print(f"\r{state}\033[K", end="", file=sys.stderr, flush=True)
+        screen = screen or Screen(tiles, entries, actions)
+        yield screen.draw(tiles, bars, f"step {step}, score {score:.5g}, value {value.item():.2f}")
         if "_episode" in info:
             break
     envs.close()
@@ -260,51 +261,41 @@ def play(script, run_args, leader, follower, args: Args) -> Iterator[np.ndarray]
 
 def main(args: Args) -> list[Path]:
     """Play, draw, write. Returns the paths of the video, the sheet and, if it is asked for, the GIF."""
-    for flag, value, low, high in (
-        ("steps", args.steps, 1, inf),
-        ("fps", args.fps, 0.1, 240),
-        ("seed", args.seed, 0, 2**32 - 1),
-    ):
-        if not low <= value <= high:
-            fail(f"--{flag} must lie in [{low:g}, {high:g}], not {value}")
-    output = args.output or args.run
-    paths = [output / name for name in ("watch.mp4", "watch.png", "watch.gif")[: 2 + args.gif]]
-    for path in paths:
+    if args.steps < 1 or not 0.1 <= args.fps <= 240 or not 0 <= args.seed < 2**32:
+        fail("--steps must be at least 1, --fps lie in [0.1, 240] and --seed in [0, 2**32)")
+    output, names = args.output or args.run, ["watch.mp4", "watch.png", "watch.gif"][: 2 + args.gif]
+    for path in (output / name for name in names):
         if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
             fail(f"{path} is not of watch.py's making and would be overwritten; give another folder as --output")
-    agent, kept, stride = load_run(args.run), [], 1
+    agent, progress = load_run(args.run), sys.stderr and sys.stderr.isatty()
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".watch-") as folder:  # all or nothing
-        video_path, sheet_path, gif_path = (Path(folder) / name for name in ("watch.mp4", "watch.png", "watch.gif"))
-        options = ["-maxrate", "1200k", "-bufsize", "2400k", "-movflags", "+faststart"]  # at most 9 MB a minute
-        options += ["-metadata", f"comment={MARK}"]
+        made = [Path(folder) / name for name in names]
+        options = ["-maxrate", "1200k", "-bufsize", "2400k"]  # at most 9 MB a minute
+        options += ["-movflags", "+faststart", "-metadata", f"comment={MARK}"]  # a browser need not wait for its end
         form = {"codec": "libx264", "pixelformat": "yuv420p", "quality": None, "macro_block_size": 2}
-        with imageio.get_writer(video_path, fps=args.fps, output_params=options, **form) as video:
-            for step, picture in enumerate(play(*agent, args)):
+        with imageio.get_writer(made[0], fps=args.fps, output_params=options, **form) as video:
+            for steps, picture in enumerate(play(*agent, args), 1):
                 video.append_data(picture)
-                if step % stride == 0:  # for the sheet: evenly spaced, however long the game will be
-                    kept.append(picture)
-                if len(kept) > 6:
-                    kept, stride = kept[::2], 2 * stride
-        kept += [np.zeros_like(picture)] * (len(kept) % 2)
-        sheet = np.vstack([np.hstack(kept[i : i + 2]) for i in range(0, len(kept), 2)])
-        matplotlib.image.imsave(sheet_path, sheet, metadata={"Comment": MARK})
-        if args.gif:
-            small = "fps=8,scale=880:-1:flags=area,split[a][b];[a]palettegen=128[p];[b][p]paletteuse=dither=none"
-            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", video_path, "-lavfi", small]
-            subprocess.run([*command, "-fs", "1600k", gif_path], check=True)
-            gif_path.write_bytes(gif_path.read_bytes() + MARK.encode())  # what follows its end is not shown
-        for path in paths:
-            os.replace(Path(folder) / path.name, path)
-    over = "the whole game" if step + 1 < args.steps else "--steps shows more"
-    print(f"{step + 1} steps ({over}) in {', '.join(map(str, paths))}")
-    return paths
+                if progress:
+                    print(f"\rstep {steps} of at most {args.steps}", end="", file=sys.stderr, flush=True)
+        sheet = f"select=not(mod(n\\,{math.ceil(steps / 6)})),tile=2x3", "-frames:v", "1"
+        small = "fps=8,scale=880:-1:flags=area,split[a][b];[a]palettegen=128[p];[b][p]paletteuse=dither=none"
+        for path, recipe in zip(made[1:], (sheet, (small, "-fs", "1600k"))):  # which it passes by a little
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", made[0], "-lavfi", *recipe, path]
+            subprocess.run(command, check=True)
+            path.write_bytes(path.read_bytes() + MARK.encode())  # what follows its end is not shown
+        for path in made:
+            os.replace(path, output / path.name)
+    over = "the whole game" if steps < args.steps else "--steps shows more"
+    print("\n" * bool(progress) + f"{steps} steps ({over}) in {', '.join(str(output / name) for name in names)}")
+    return [output / name for name in names]
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a folder that cannot be written
-        fail(error)
+        fail(f"{error.filename or 'the video'} cannot be written: {error.strerror or error}")
     except KeyboardInterrupt:
         fail("interrupted; nothing was written")
