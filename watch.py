@@ -69,6 +69,7 @@ def load_run(run: Path):
     if sys.platform == "linux":  # read when MuJoCo is imported; elsewhere its own choice is right
         without_display = "egl" if ctypes.util.find_library("EGL") else "disable"  # disable: no pictures
         os.environ.setdefault("MUJOCO_GL", "glfw" if "DISPLAY" in os.environ else without_display)
+        os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())  # SDL complains if it is missing
     here = name.endswith(".py") and (ROOT / name).is_file()
     script = importlib.import_module(name.removesuffix(".py")) if here else None
     if not hasattr(script, "load_agent"):
@@ -179,10 +180,11 @@ class Screen:
                 axes.set_xticks(list(places), places.values(), rotation=90)
                 if k == 1:  # rows are named once
                     axes.set_yticks(list(places), places.values())
-        axes = self.figure.add_subplot(grid[1, :], ylim=(0, 1.3), yticks=[], xlim=(-0.6, len(actions) - 0.4))
-        axes.set_xticks(range(len(actions)), actions, rotation=90 if 1.1 * len(actions) > width else 0)
+        axes = self.figure.add_subplot(grid[1, :], ylim=(0, 1.5), facecolor="none", yticks=[])
+        room = width / len(actions)  # inches
+        axes.set_xticks(range(len(actions)), actions, rotation=90 * (room < 1.1))
         self.bars = axes.bar(range(len(actions)), 0, 0.6)
-        self.numbers = [axes.text(i, 1.1, "", ha="center") for i in range(len(actions))]
+        self.numbers = [axes.text(i, 1.05, "", ha="center", rotation=90 * (room < 0.4)) for i in range(len(actions))]
         self.state = self.figure.suptitle(" ", x=0.01, ha="left")
         self.canvas.draw()  # finds the layout
         self.figure.set_layout_engine("none")
