@@ -276,6 +276,7 @@ def main(args: Args) -> list[Path]:
         options = ["-maxrate", "1200k", "-bufsize", "2400k"]  # at most 9 MB a minute
         options += ["-movflags", "+faststart", "-metadata", f"comment={MARK}"]  # a browser need not wait for its end
         form = {"codec": "libx264", "pixelformat": "yuv420p", "quality": None, "macro_block_size": 2}
+        form["ffmpeg_log_level"] = "fatal"  # it has nothing to say on an interrupt
         with imageio.get_writer(made[0], fps=args.fps, output_params=options, **form) as video:
             for steps, picture in enumerate(play(*agent, args), 1):
                 video.append_data(picture)
@@ -284,7 +285,7 @@ def main(args: Args) -> list[Path]:
         sheet = f"select=not(mod(n\\,{math.ceil(steps / 6)})),tile=2x3", "-frames:v", "1"
         small = "fps=8,scale=880:-1:flags=area,split[a][b];[a]palettegen=128[p];[b][p]paletteuse=dither=none"
         for path, recipe in zip(made[1:], (sheet, (small, "-fs", "1600k"))):  # which it passes by a little
-            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", made[0], "-lavfi", *recipe, path]
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "fatal", "-i", made[0], "-lavfi", *recipe, path]
             subprocess.run(command, check=True)
             path.write_bytes(path.read_bytes() + MARK.encode())  # what follows its end is not shown
         for path in made:
@@ -299,5 +300,7 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a folder that cannot be written
         fail(f"{error.filename or 'the video'} cannot be written: {error.strerror or error}")
+    except subprocess.CalledProcessError:
+        fail("the video is not whole, is the disk full? Nothing was written")
     except KeyboardInterrupt:
         fail("interrupted; nothing was written")
