@@ -1,10 +1,11 @@
-"""Watch a saved run: a video of one game, what the agent sees beside what its leader attends to.
+"""Watch a saved run: what the agent sees beside what its leader attends to.
 
     python watch.py runs/<run>
 
-Writes watch.mp4 and watch.png (a few moments) into the run's folder. Left: what the agent sees, or for vectors the
-rendered environment. Beside it, for each attention layer of SPRIG: on pixels how much attention each location receives,
-on vectors which entry (row) attends to which (column); red: more than a uniform share, dark: less. Below: the policy.
+Writes watch.mp4, one game, and watch.png, six moments of it, into the run's folder. Left: what the agent sees, or for
+vectors the rendered environment. Beside it, for each attention layer of SPRIG: on pixels how much attention each
+location receives, on vectors which entry (row) attends to which (column); red: more than a uniform share, dark: less.
+Below: the policy.
 """
 
 import ctypes.util
@@ -297,7 +298,7 @@ def main(args: Args) -> list[Path]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
     except OSError as error:  # a full disk, a folder that cannot be written
         fail(f"{error.filename or 'the video'} cannot be written: {error.strerror or error}")
     except subprocess.CalledProcessError:
