@@ -48,7 +48,7 @@ from torch.utils.tensorboard import SummaryWriter
 gym.register_envs(ale_py)
 
 # ==== Arguments ===================================================================================
-Count = Annotated[int, (1, inf)]
+Count = Annotated[int, (1, inf)]  # (low, high): bounds that Args checks
 Amount = Annotated[int, (0, inf)]
 Weight = Annotated[float, (0, inf)]
 Positive = Annotated[float, (1e-12, inf)]
@@ -104,10 +104,12 @@ class Args(PpoArgs, EnvironmentArgs, RunArgs):
     def __post_init__(self):
         """Raises ValueError, one line, on values that cannot work."""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             for kind in (hint, *get_args(hint)):  # `Positive | None` holds its bounds inside
-                low, high = getattr(kind, "__metadata__", [(-inf, inf)])[0]
-                if hasattr(kind, "__metadata__") and value is not None and not low <= value <= min(high, 1e300):
+                if not hasattr(kind, "__metadata__") or value is None:
+                    continue
+                low, high = kind.__metadata__[0]
+                if not low <= value <= high or value == inf:  # NaN fails every bound
                     bound = f"finite and at least {low:g}" if high == inf else f"in [{low:g}, {high:g}]"
                     raise ValueError(f"{flag} must be {bound}, not {value}")
         rollout = self.num_envs * self.num_steps
@@ -360,24 +362,33 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
             steps.append((seen, actions, logits, values))
             obs, rewards, terminations, truncations, info = envs.step(actions.cpu().numpy())
             paid.append((rewards, terminations, terminations | truncations))
-            for row in np.flatnonzero(truncations & ~terminations) if truncations.any() else ():
-                final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)  # whose value is the next one
-                cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
-            for row in np.flatnonzero(info["_episode"]) if "_episode" in info else ():
-                games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
+            if (
+                truncations.any()
+            ):  # rare: the next value is then that of the final observation, not of the next game's first
+                for row in np.flatnonzero(truncations & ~terminations):
+                    final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)
+                    cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
+            if "_episode" in info:
+                for row in np.flatnonzero(info["_episode"]):
+                    games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
         last_value = follower(leader(torch.from_numpy(obs).to(device)))[1]
+    # Stacked outside the inference mode, as its own tensors cannot be learnt from.
     seen, actions, logits, values = (torch.stack(column) for column in zip(*steps))  # (T, N, ...)
-    rewards, *ends = torch.from_numpy(np.array(paid, dtype=np.float32)).to(device).unbind(1)  # (T, N) each
+    rewards, terminations, dones = torch.from_numpy(np.array(paid, dtype=np.float32)).to(device).unbind(1)  # (T, N)
     next_values = torch.cat([values[1:], last_value[None]])
     for t, row, value in cuts:
         next_values[t, row] = value
     if args.clip_rewards and args.reward_delay == 1:  # delayed rewards are clipped already, see Disturbed
         rewards = rewards.sign()
+    ends = (terminations, dones)
     advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     if args.norm_adv == "rollout":
         advantages = normalise(advantages)
-    seen, actions, logits, *columns = (x.flatten(0, 1) for x in (seen, actions, logits, values, advantages, returns))
-    return Batch(seen, actions, action_distribution(logits).log_prob(actions), *columns), obs, games
+    seen, actions, logits, values, advantages, returns = (
+        x.flatten(0, 1) for x in (seen, actions, logits, values, advantages, returns)
+    )
+    logprobs = action_distribution(logits).log_prob(actions)
+    return Batch(seen, actions, logprobs, values, advantages, returns), obs, games
 
 
 # ==== Losses ======================================================================================
@@ -479,7 +490,7 @@ def load_agent(run_dir: Path | str, device: str = "cpu") -> tuple[Args, Leader, 
 
 
 # ==== Main ========================================================================================
-PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "MinAtar", "mujoco", "dm_control", "box2d")  # a record's versions
+PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "MinAtar", "mujoco", "dm_control", "box2d")  # in args.json
 # What may differ when a run is resumed or evaluated: how long it is, and where it runs.
 MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_greedy", "track", "resume", "evaluate"}
 
@@ -557,8 +568,9 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     run_dir = start_run(args)
     if args.resume is None:
         write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
-    step, started, begun = progress["step"], progress["started"], time.monotonic() - progress["seconds"]
-    sitting, rollout_size = (step, progress["seconds"]), args.num_envs * args.num_steps
+    first_step, first_seconds = step, seconds = progress["step"], progress["seconds"]
+    started, clock = progress["started"], time.monotonic()
+    rollout_size = args.num_envs * args.num_steps
     first, last = step // rollout_size, args.total_timesteps // rollout_size
 
     # episodes.csv is the record of a run, TensorBoard a view of it. What lies beyond the checkpoint is done again.
@@ -575,7 +587,8 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("arguments", "\n".join(f"    {name} = {value}" for name, value in asdict(args).items()))
 
-    stops, envs, shown, scores = [], None, -inf, [float(row.split(",")[2]) for row in rows]
+    scores = [float(row.split(",")[2]) for row in rows]
+    envs, shown, stops = None, -inf, []
 
     def stop(number, frame):  # the first Ctrl-C or SIGTERM ends training after this iteration, the second at once
         stops.append(number)
@@ -587,14 +600,14 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         if envs is None:  # at step 0 and after each checkpoint
             envs, obs = begin_games(args, 0, step)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 - args.anneal_lr * iteration / last)
+            group["lr"] = group["initial_lr"] * (1 - iteration / last if args.anneal_lr else 1)
         batch, obs, games = collect_rollout(envs, obs, leader, follower, args)
         try:
             metrics = update(leader, follower, optimizer, batch, args)
         except FloatingPointError as error:
             fail(f"after step {step}: {error}; the checkpoint of step {progress['step']} in {run_dir} is good")
 
-        seconds = time.monotonic() - begun
+        seconds = first_seconds + time.monotonic() - clock
         with open(episodes, "a") as file:
             for t, score, length in games:
                 at = step + t * args.num_envs
@@ -603,23 +616,26 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
                 writer.add_scalar("charts/episodic_length", length, at, started + seconds)
                 scores.append(score)
         step += rollout_size
-        over, speed = stops or iteration + 1 == last, (step - sitting[0]) / (seconds - sitting[1])
+        over = bool(stops) or iteration + 1 == last
+        speed = (step - first_step) / (seconds - first_seconds)
         unexplained = ((batch.returns - batch.values).var() / batch.returns.var()).item()
         metrics |= {"losses/explained_variance": 1 - unexplained, "charts/SPS": speed}
         metrics["charts/learning_rate"] = optimizer.param_groups[-1]["lr"]
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step, started + seconds)
         if over or sys.stderr.isatty() or seconds - shown >= 60:  # a log file gets a line a minute
-            total, shown, score = last * rollout_size, seconds, f"{np.mean(scores[-20:]):.1f}" if scores else "-"
+            shown, total = seconds, last * rollout_size
+            score = f"{np.mean(scores[-20:]):.1f}" if scores else "-"
             bar, hours = "#" * (20 * step // total), (total - step) / speed / 3600
             line = f"[{bar:20}] {step:,} of {total:,} steps, {speed:.0f}/s, {hours:.2f} h left, return {score}"
             say(f"\r{line}\033[K" if sys.stderr.isatty() else f"{line}\n")
         # Due if this rollout has crossed a multiple of the interval.
-        if over or args.checkpoint_interval and step % args.checkpoint_interval < rollout_size:
+        if over or (args.checkpoint_interval and step % args.checkpoint_interval < rollout_size):
             writer.flush()
             progress |= {"step": step, "seconds": seconds}
             write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
-            envs = envs.close()
+            envs.close()
+            envs = None
         if stops:
             say(f"\nstopped at step {step}; go on with: python {sys.argv[0]} --resume '{run_dir}'\n")
             raise SystemExit(0)
@@ -676,9 +692,10 @@ def parse_args() -> Args:
     flags = tyro.conf.OmitArgPrefixes[make_dataclass("Flags", groups.items())]  # tyro shows a group for each
 
     def parse(defaults: Args) -> dict:
-        parts = {n: group(**{f.name: getattr(defaults, f.name) for f in fields(group)}) for n, group in groups.items()}
+        values = asdict(defaults)
+        parts = {name: group(**{f.name: values[f.name] for f in fields(group)}) for name, group in groups.items()}
         parsed = tyro.cli(flags, default=flags(**parts), description=__doc__.split("\n\nPaper")[0])
-        return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+        return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
     given = parse(Args())
     if saved_run := given["resume"] or given["evaluate"]:

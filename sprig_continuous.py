@@ -47,7 +47,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.tensorboard import SummaryWriter
 
 # ==== Arguments ===================================================================================
-Count = Annotated[int, (1, inf)]
+Count = Annotated[int, (1, inf)]  # (low, high): bounds that Args checks
 Amount = Annotated[int, (0, inf)]
 Weight = Annotated[float, (0, inf)]
 Positive = Annotated[float, (1e-12, inf)]
@@ -116,14 +116,20 @@ class SprigArgs:
     """ReLU, x + γ·attention(x) and a gate around each layer; attention alone as drawn in Figure 4; or no attention"""
     feature_scale: Positive = 0.25  # factor on the features: sets how far an Adam step moves the policy
     update: Literal["joint", "stopped", "separate", "simultaneous", "stackelberg"] = "stackelberg"
-    """PPO's loss; + no value gradient to the leader; + a norm clip each; + the leader's own loss; + it moves first"""
+    """who moves when, and down which loss: from PPO's joint step to SPRIG, each adds one change"""
     perception_cost_in_reward: bool = False  # learn from R - λ_c·C_θ(s), the reward in Eq. (13)
     paper_literal: bool = False  # the paper as printed: rows 1, 2, 4, 5, 10 and 11 of docs/paper.md
 
 
-LITERAL = {  # what --paper-literal sets; line 11 puts its α = 0.7 on the cost, 0.3 on the return
-    **{"cooperation_weight": 0.3, "perception_cost": "l1", "leader_objective": "log-prob", "leader_value_coef": 0.0},
-    **{"leader_gradient": "first-order", "attention": "figure4", "feature_scale": 1.0, "update": "stackelberg"},
+LITERAL = {  # what --paper-literal sets
+    "cooperation_weight": 0.3,  # line 11 puts its α = 0.7 on the cost, 0.3 on the return
+    "perception_cost": "l1",
+    "leader_objective": "log-prob",
+    "leader_gradient": "first-order",
+    "leader_value_coef": 0.0,
+    "attention": "figure4",
+    "feature_scale": 1.0,
+    "update": "stackelberg",
 }
 
 
@@ -132,10 +138,12 @@ class Args(SprigArgs, PpoArgs, EnvironmentArgs, RunArgs):
     def __post_init__(self):
         """Raises ValueError, one line, on values that cannot work."""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             for kind in (hint, *get_args(hint)):  # `Positive | None` holds its bounds inside
-                low, high = getattr(kind, "__metadata__", [(-inf, inf)])[0]
-                if hasattr(kind, "__metadata__") and value is not None and not low <= value <= min(high, 1e300):
+                if not hasattr(kind, "__metadata__") or value is None:
+                    continue
+                low, high = kind.__metadata__[0]
+                if not low <= value <= high or value == inf:  # NaN fails every bound
                     bound = f"finite and at least {low:g}" if high == inf else f"in [{low:g}, {high:g}]"
                     raise ValueError(f"{flag} must be {bound}, not {value}")
         rollout = self.num_envs * self.num_steps
@@ -153,10 +161,11 @@ class Args(SprigArgs, PpoArgs, EnvironmentArgs, RunArgs):
             raise ValueError(f"--leader-gradient {self.leader_gradient} needs --update stackelberg")
         if self.perception_cost_in_reward and self.attention == "none":
             raise ValueError("--perception-cost-in-reward needs attention to pay for, but --attention is none")
-        for name, literal in LITERAL.items() if self.paper_literal else ():
-            if getattr(self, name) not in (getattr(Args, name), literal):  # the default: it was not given
-                raise ValueError(f"--paper-literal sets --{name.replace('_', '-')} {literal}; give one of the two")
-            setattr(self, name, literal)
+        if self.paper_literal:
+            for name, literal in LITERAL.items():
+                if getattr(self, name) not in (getattr(Args, name), literal):  # the default counts as not given
+                    raise ValueError(f"--paper-literal sets --{name.replace('_', '-')} {literal}; give one of the two")
+                setattr(self, name, literal)
 
 
 def fail(message: object) -> NoReturn:
@@ -420,7 +429,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, num_rows: int | None = None):
         """Returns (output, weights): weights (B, n, n), each row a distribution, or with 0 < `num_rows` < n as many of
-        these rows, drawn at random, the same for the whole batch."""
+        these rows, drawn at random, the same for the whole batch. What replaces attention returns the same."""
         n = x.shape[1]
         query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/4), (B, n, C/4), (B, n, C)
         query, key = query * query.shape[-1] ** -0.5, key.transpose(1, 2)
@@ -478,7 +487,11 @@ class Leader(nn.Module):
         """What attention does on `obs`: by tag the gates, and the entropies as fractions of the largest; and a picture
         (8·n, K·8·n) in [0, 1], each layer's mean attention of entries (rows) to entries (white: twice the uniform)."""
         attention = self(obs, num_rows=0)[1] if any(self.blocks) else []
-        info = {f"leader/gate_{k}": b.gate.item() for k, b in enumerate(self.blocks, 1) if b and b.gate is not None}
+        info = {
+            f"leader/gate_{k}": b.gate.item()
+            for k, b in enumerate(self.blocks, 1)
+            if getattr(b, "gate", None) is not None
+        }
         info |= {f"leader/layer_gate_{k}": g.item() for k, g in enumerate(self.layer_gates, 1) if g is not None}
         tiles = [torch.zeros(len(self.token_bias), 0)]
         for k, weights in enumerate(attention, 1):  # (B, n, n)
@@ -562,28 +575,37 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
             steps.append((seen, actions, logits, values))
             obs, rewards, terminations, truncations, info = envs.step(actions.cpu().numpy())
             paid.append((rewards, terminations, terminations | truncations))
-            for row in np.flatnonzero(truncations & ~terminations) if truncations.any() else ():
-                final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)  # whose value is the next one
-                cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
-            for row in np.flatnonzero(info["_episode"]) if "_episode" in info else ():
-                games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
+            if (
+                truncations.any()
+            ):  # rare: the next value is then that of the final observation, not of the next game's first
+                for row in np.flatnonzero(truncations & ~terminations):
+                    final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)
+                    cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
+            if "_episode" in info:
+                for row in np.flatnonzero(info["_episode"]):
+                    games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
         last_value = follower(leader(torch.from_numpy(obs).to(device)))[1]
+    # Stacked outside the inference mode, as its own tensors cannot be learnt from.
     seen, actions, logits, values = (torch.stack(column) for column in zip(*steps))  # (T, N, ...)
-    rewards, *ends = torch.from_numpy(np.array(paid, dtype=np.float32)).to(device).unbind(1)  # (T, N) each
+    rewards, terminations, dones = torch.from_numpy(np.array(paid, dtype=np.float32)).to(device).unbind(1)  # (T, N)
     next_values = torch.cat([values[1:], last_value[None]])
     for t, row, value in cuts:
         next_values[t, row] = value
     if args.norm_rewards:
-        rewards = leader.normaliser.scale_rewards(rewards, ends[1])
+        rewards = leader.normaliser.scale_rewards(rewards, dones)
     if args.clip_rewards:
         rewards = rewards.clamp(-10, 10)
     if args.perception_cost_in_reward:  # R - λ_c C_θ(s), as in Eq. (13)
         rewards -= args.perception_cost_weight * torch.stack([perceive(leader, x, args)[1] for x in seen])
+    ends = (terminations, dones)
     advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     if args.norm_adv == "rollout":
         advantages = normalise(advantages)
-    seen, actions, logits, *columns = (x.flatten(0, 1) for x in (seen, actions, logits, values, advantages, returns))
-    return Batch(seen, actions, action_distribution(logits).log_prob(actions), *columns), obs, games
+    seen, actions, logits, values, advantages, returns = (
+        x.flatten(0, 1) for x in (seen, actions, logits, values, advantages, returns)
+    )
+    logprobs = action_distribution(logits).log_prob(actions)
+    return Batch(seen, actions, logprobs, values, advantages, returns), obs, games
 
 
 # ==== Losses ======================================================================================
@@ -660,6 +682,7 @@ def follower_loss(logits, values, batch: Batch, args: Args):
 
 
 # ==== Update ======================================================================================
+# First the total derivative (--leader-gradient), to be skipped on a first reading: go on at `perceive`.
 def conjugate_gradients(product, v: torch.Tensor, iterations: int, tolerance: float) -> torch.Tensor:
     """Solve A x = v for symmetric A, given as product(x) = A x (Hestenes, Stiefel 1952). Returns x. Stops at a residual
     of `tolerance` · ‖v‖, and where pᵀAp <= 0: along such a direction the follower has no minimum."""
@@ -676,8 +699,14 @@ def conjugate_gradients(product, v: torch.Tensor, iterations: int, tolerance: fl
     return x
 
 
-TOTAL_DERIVATIVE = {"step_size": 0.02, "num_steps": 1, "damping": 50, "cg_iterations": 10, "cg_tolerance": 1e-3}
-TOTAL_DERIVATIVE["clamp"] = 1.0
+TOTAL_DERIVATIVE = {  # options of leader_gradient in training
+    "step_size": 0.02,
+    "num_steps": 1,
+    "damping": 50.0,
+    "cg_iterations": 10,
+    "cg_tolerance": 1e-3,
+    "clamp": 1.0,
+}
 
 
 def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *,
@@ -725,16 +754,43 @@ def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *,
     return [a + scale * b for a, b in zip(first_order, correction)]
 
 
+def total_derivative(follower: Follower, features, cost, theta, phi, batch: Batch, args: Args) -> list[torch.Tensor]:
+    """`leader_gradient` of the players' losses. They depend on θ by `features` and `cost` alone, whose graph leads back
+    to it: so the functions below ignore their first argument."""
+    names = [name for name, parameter in follower.named_parameters() if parameter.requires_grad]
+
+    def policy_and_values(phi):
+        return functional_call(follower, dict(zip(names, phi)), (features,))
+
+    def leader_loss_fn(_, phi):
+        return leader_loss(*policy_and_values(phi), cost, batch, args)[0]
+
+    def follower_loss_fn(_, phi):
+        return follower_loss(*policy_and_values(phi), batch, args)[0]
+
+    return leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, args.leader_gradient, **TOTAL_DERIVATIVE)
+
+
 def perceive(leader: Leader, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """What the leader makes of `obs`, and what it pays for that: (features (B, F), C_θ (B,), Eq. (9))."""
     num_rows = 0 if args.perception_cost == "concentration" else args.cost_rows  # query rows per layer; 0: all
     features, attention = leader(obs, num_rows=num_rows)
-    return features, perception_cost(attention, args.perception_cost).to(features.device).expand(len(obs))
+    if not attention:
+        return features, torch.zeros(len(obs), device=features.device)
+    return features, perception_cost(attention, args.perception_cost)
 
 
 def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict:
-    """One minibatch of Algorithm 1, lines 6-18: the leader moves, then the follower answers. Returns what to log. With
-    another --update nobody leads: both gradients are taken at the same θ and φ, and one step moves both."""
+    """One minibatch of Algorithm 1, lines 6-18: the leader moves, then the follower answers. Returns what to log.
+
+    From PPO to SPRIG, each --update adds one change. The follower always descends L_φ.
+                    the leader descends              norm clip   moves
+      joint         L_φ (PPO)                        of both     at once
+      stopped       L_φ, without the value's error   of both     at once
+      separate      L_φ, without the value's error   of each     at once
+      simultaneous  -u_L                             of each     at once
+      stackelberg   -u_L                             of each     the leader first
+    """
     theta, phi = ([p for p in player.parameters() if p.requires_grad] for player in (leader, follower))
     leads = args.update == "stackelberg"
     own_loss = leads or args.update == "simultaneous"
@@ -750,29 +806,22 @@ def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch
         loss, info = follower_loss(logits, values if args.update == "joint" else values.detach(), batch, args)
     if args.leader_gradient == "first-order":
         # DEVIATION: row 7, Eq. (6) asks for the total derivative through φ*(θ); Algorithm 1 takes this one
-        loss.backward(inputs=theta)
-    else:  # both losses depend on θ by `features` and `cost` alone, whose graph leads back to it
-        names = [name for name, parameter in follower.named_parameters() if parameter.requires_grad]
-
-        def losses(_, phi):
-            answer = functional_call(follower, dict(zip(names, phi)), (features,))
-            return leader_loss(*answer, cost, batch, args)[0], follower_loss(*answer, batch, args)[0]
-
-        functions = (lambda theta, phi: losses(theta, phi)[0]), (lambda theta, phi: losses(theta, phi)[1])
-        gradients = leader_gradient(*functions, theta, phi, args.leader_gradient, **TOTAL_DERIVATIVE)
+        loss.backward(inputs=theta)  # φ gets no gradient, and what has none Adam leaves as it is
+    else:
+        gradients = total_derivative(follower, features, cost, theta, phi, batch, args)
         for parameter, gradient in zip(theta, gradients):
             parameter.grad = gradient.contiguous()  # fused Adam misreads another layout
     if own_clip:
         info["leader/grad_norm"] = clip_grad_norm_(theta, args.max_grad_norm)
     if leads:
-        optimizer.step()  # line 12; φ has no gradient here, so it stays
+        optimizer.step()  # line 12
         optimizer.zero_grad()
 
-        # 2. The follower sees what the leader shows now, θ held fixed (line 13).
+        # 2. The follower sees what the leader shows now, θ held fixed (line 13). (If nobody leads, what it showed.)
         with torch.no_grad():
             features = leader(batch.obs)
 
-    # 3. The follower answers: it descends L_φ in φ.
+    # 3. The follower answers: it descends L_φ in φ. Its features are detached, so θ gets nothing of this loss.
     new_logits, values = follower(features.detach())
     loss, follower_info = follower_loss(new_logits, values, batch, args)  # lines 14-17
     loss.backward()
@@ -843,7 +892,7 @@ def load_agent(run_dir: Path | str, device: str = "cpu") -> tuple[Args, Leader, 
 
 
 # ==== Main ========================================================================================
-PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "MinAtar", "mujoco", "dm_control", "box2d")  # a record's versions
+PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "MinAtar", "mujoco", "dm_control", "box2d")  # in args.json
 # What may differ when a run is resumed or evaluated: how long it is, and where it runs.
 MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_greedy", "track", "resume", "evaluate"}
 
@@ -912,7 +961,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     leader, follower = make_agent(args, device)  # before the folder: a task that cannot be played leaves none behind
     rates = {leader: args.leader_rate_factor * args.learning_rate, follower: args.learning_rate}
     groups = [{"params": player.parameters(), "lr": rate, "initial_lr": rate} for player, rate in rates.items()]
-    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)  # a player without gradients does not move
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     parts = {"leader": leader, "follower": follower, "optimizer": optimizer}
     progress = {"step": 0, "seconds": 0.0, "started": time.time()}
     if args.resume is not None:  # before args.json is written anew
@@ -922,8 +971,9 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     run_dir = start_run(args)
     if args.resume is None:
         write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
-    step, started, begun = progress["step"], progress["started"], time.monotonic() - progress["seconds"]
-    sitting, rollout_size = (step, progress["seconds"]), args.num_envs * args.num_steps
+    first_step, first_seconds = step, seconds = progress["step"], progress["seconds"]
+    started, clock = progress["started"], time.monotonic()
+    rollout_size = args.num_envs * args.num_steps
     first, last = step // rollout_size, args.total_timesteps // rollout_size
 
     # episodes.csv is the record of a run, TensorBoard a view of it. What lies beyond the checkpoint is done again.
@@ -940,7 +990,8 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("arguments", "\n".join(f"    {name} = {value}" for name, value in asdict(args).items()))
 
-    stops, envs, shown, scores = [], None, -inf, [float(row.split(",")[2]) for row in rows]
+    scores = [float(row.split(",")[2]) for row in rows]
+    envs, shown, stops = None, -inf, []
 
     def stop(number, frame):  # the first Ctrl-C or SIGTERM ends training after this iteration, the second at once
         stops.append(number)
@@ -953,7 +1004,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
             envs, obs = begin_games(args, 0, step)
             leader.normaliser.running = 0.0
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 - args.anneal_lr * iteration / last)
+            group["lr"] = group["initial_lr"] * (1 - iteration / last if args.anneal_lr else 1)
         batch, obs, games = collect_rollout(envs, obs, leader, follower, args)
         try:
             metrics = update(leader, follower, optimizer, batch, args)
@@ -961,7 +1012,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         except FloatingPointError as error:
             fail(f"after step {step}: {error}; the checkpoint of step {progress['step']} in {run_dir} is good")
 
-        seconds = time.monotonic() - begun
+        seconds = first_seconds + time.monotonic() - clock
         with open(episodes, "a") as file:
             for t, score, length in games:
                 at = step + t * args.num_envs
@@ -970,7 +1021,8 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
                 writer.add_scalar("charts/episodic_length", length, at, started + seconds)
                 scores.append(score)
         step += rollout_size
-        over, speed = stops or iteration + 1 == last, (step - sitting[0]) / (seconds - sitting[1])
+        over = bool(stops) or iteration + 1 == last
+        speed = (step - first_step) / (seconds - first_seconds)
         attention, picture = leader.look(batch.obs[-256:])
         unexplained = ((batch.returns - batch.values).var() / batch.returns.var()).item()
         metrics |= attention | {"losses/explained_variance": 1 - unexplained, "charts/SPS": speed}
@@ -980,16 +1032,18 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         if any(leader.blocks) and (over or iteration == 0 or step % 100_000 < rollout_size):
             writer.add_image("leader/attention", picture, step, started + seconds, dataformats="HW")
         if over or sys.stderr.isatty() or seconds - shown >= 60:  # a log file gets a line a minute
-            total, shown, score = last * rollout_size, seconds, f"{np.mean(scores[-20:]):.1f}" if scores else "-"
+            shown, total = seconds, last * rollout_size
+            score = f"{np.mean(scores[-20:]):.1f}" if scores else "-"
             bar, hours = "#" * (20 * step // total), (total - step) / speed / 3600
             line = f"[{bar:20}] {step:,} of {total:,} steps, {speed:.0f}/s, {hours:.2f} h left, return {score}"
             say(f"\r{line}\033[K" if sys.stderr.isatty() else f"{line}\n")
         # Due if this rollout has crossed a multiple of the interval.
-        if over or args.checkpoint_interval and step % args.checkpoint_interval < rollout_size:
+        if over or (args.checkpoint_interval and step % args.checkpoint_interval < rollout_size):
             writer.flush()
             progress |= {"step": step, "seconds": seconds}
             write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
-            envs = envs.close()
+            envs.close()
+            envs = None
         if stops:
             say(f"\nstopped at step {step}; go on with: python {sys.argv[0]} --resume '{run_dir}'\n")
             raise SystemExit(0)
@@ -1043,9 +1097,10 @@ def parse_args() -> Args:
     flags = tyro.conf.OmitArgPrefixes[make_dataclass("Flags", groups.items())]  # tyro shows a group for each
 
     def parse(defaults: Args) -> dict:
-        parts = {n: group(**{f.name: getattr(defaults, f.name) for f in fields(group)}) for n, group in groups.items()}
+        values = asdict(defaults)
+        parts = {name: group(**{f.name: values[f.name] for f in fields(group)}) for name, group in groups.items()}
         parsed = tyro.cli(flags, default=flags(**parts), description=__doc__.split("\n\nPaper")[0])
-        return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+        return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
     given = parse(Args())
     if saved_run := given["resume"] or given["evaluate"]:
