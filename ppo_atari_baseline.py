@@ -698,9 +698,9 @@ def parse_args() -> Args:
         return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
     given = parse(Args())
-    if saved_run := given["resume"] or given["evaluate"]:
-        given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
     try:
+        if saved_run := given["resume"] or given["evaluate"]:
+            given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
         return Args(**given)
     except ValueError as error:
         fail(error)

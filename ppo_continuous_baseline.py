@@ -172,9 +172,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         packages = next((EXTRAS[key] for key in EXTRAS if family.startswith(key)), "the package that is missing")
         fail(f"--env-id {args.env_id} cannot be imported: pip install {packages} ({error})")
     except Exception as error:  # Gymnasium's suggest a near name, the others come of a constructor
-        hint = (
-            "; for Atari and MinAtar take ppo_atari_baseline.py" if re.search("ALE/|NoFrameskip|MinAtar", name) else ""
-        )
+        hint = "; for pixels take ppo_atari_baseline.py" if re.search("ALE/|NoFrameskip|MinAtar", name) else ""
         fail(f"--env-id {args.env_id} cannot be made: {type(error).__name__}: {error}{hint}")
     shown, actions = env.observation_space, env.action_space
     entries = gym.spaces.flatdim(shown) if shown.is_np_flattenable else None
@@ -225,7 +223,9 @@ class Task(gym.Wrapper):
         return self.checked(obs), reward, bool(terminated), bool(truncated), {}
 
     def checked(self, obs) -> np.ndarray:
-        entries, declared = np.asarray(obs, np.float32), self.observation_space.shape
+        declared = self.observation_space.shape
+        with np.errstate(over="ignore"):  # a finite float64 may overflow
+            entries = np.asarray(obs, np.float32)
         if entries.shape != declared:
             fail(f"--env-id {self.name} declares observations of shape {declared}, but shows one of {entries.shape}")
         if not np.isfinite(entries).all():
@@ -799,9 +799,9 @@ def parse_args() -> Args:
         return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
     given = parse(Args())
-    if saved_run := given["resume"] or given["evaluate"]:
-        given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
     try:
+        if saved_run := given["resume"] or given["evaluate"]:
+            given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
         return Args(**given)
     except ValueError as error:
         fail(error)

@@ -267,7 +267,9 @@ class Task(gym.Wrapper):
         return self.checked(obs), reward, bool(terminated), bool(truncated), {}
 
     def checked(self, obs) -> np.ndarray:
-        entries, declared = np.asarray(obs, np.float32), self.observation_space.shape
+        declared = self.observation_space.shape
+        with np.errstate(over="ignore"):  # a finite float64 may overflow
+            entries = np.asarray(obs, np.float32)
         if entries.shape != declared:
             fail(f"--env-id {self.name} declares observations of shape {declared}, but shows one of {entries.shape}")
         if not np.isfinite(entries).all():
@@ -1103,9 +1105,9 @@ def parse_args() -> Args:
         return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
     given = parse(Args())
-    if saved_run := given["resume"] or given["evaluate"]:
-        given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
     try:
+        if saved_run := given["resume"] or given["evaluate"]:
+            given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
         return Args(**given)
     except ValueError as error:
         fail(error)
