@@ -1,7 +1,6 @@
 """SPRIG's game: who moves, by which loss, and what attention costs."""
 
 import copy
-import dataclasses
 
 import gymnasium as gym
 import numpy as np
@@ -55,19 +54,10 @@ def clones(*modules):
     return [[p.detach().clone() for p in module.parameters()] for module in modules]
 
 
-def assert_close(ours, theirs, **tolerance):
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, **tolerance)
-
-
 # ==== Moves =======================================================================================
 def move_by_hand(leader, follower, optimizer, batch, args):
     """Each --update written out from its definition; only the losses are the script's."""
     theta, phi = list(leader.parameters()), list(follower.parameters())
-
-    def pay(inputs, loss):
-        for p, gradient in zip(inputs, torch.autograd.grad(loss, inputs)):
-            p.grad = gradient
 
     def ppo_loss(features, let_value_through=True):
         logits, values = follower(features)
@@ -78,24 +68,17 @@ def move_by_hand(leader, follower, optimizer, batch, args):
         cost = sprig.perception_cost(attention, args.perception_cost)
         return sprig.leader_loss(*follower(features), cost, batch, args)[0]
 
-    optimizer.zero_grad()
+    if args.update in ("stackelberg", "simultaneous"):
+        own_loss().backward(inputs=theta)
+    else:
+        ppo_loss(leader(batch.obs), args.update == "joint").backward(inputs=theta)
     if args.update == "stackelberg":
-        pay(theta, own_loss())
         clip_grad_norm_(theta, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    elif args.update == "simultaneous":
-        pay(theta, own_loss())
-    else:
-        pay(theta, ppo_loss(leader(batch.obs), args.update == "joint"))
-    pay(phi, ppo_loss(leader(batch.obs).detach()))
-    if args.update in ("joint", "stopped"):
-        clip_grad_norm_(theta + phi, args.max_grad_norm)
-    elif args.update in ("separate", "simultaneous"):
-        clip_grad_norm_(theta, args.max_grad_norm)
-        clip_grad_norm_(phi, args.max_grad_norm)
-    else:
-        clip_grad_norm_(phi, args.max_grad_norm)
+    ppo_loss(leader(batch.obs).detach()).backward(inputs=phi)
+    for norm_of in [theta + phi] if args.update in ("joint", "stopped") else [theta, phi]:
+        clip_grad_norm_(norm_of, args.max_grad_norm)
     optimizer.step()
 
 
@@ -123,53 +106,8 @@ def test_a_step_is_what_its_update_means(settings):
         step(*players, torch.optim.SGD([p for player in players for p in player.parameters()], lr=0.5), batch, args)
         ends.append(clones(*players))
     for before, one, other in zip(start, *ends):
-        assert_close(one, other, atol=1e-12, rtol=0)
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
         assert max((a - b).abs().max() for a, b in zip(one, before)) > 1e-6, "nothing was moved"
-
-
-def test_the_updates_all_differ():
-    """So that the definitions above tell them apart; the leaders of the last two move alike, by definition."""
-    ends = []
-    for update in RUNGS:
-        torch.manual_seed(0)
-        args = sprig.Args(update=update, cost_rows=0, max_grad_norm=0.05)
-        leader, follower = build(sprig, args)
-        leader, follower, batch = in_double(leader, follower, random_batch(sprig, leader, follower))
-        parameters = [*leader.parameters(), *follower.parameters()]
-        sprig.stackelberg_step(leader, follower, torch.optim.SGD(parameters, lr=0.5), batch, args)
-        ends.append(torch.cat([p.detach().flatten() for p in parameters]))
-    assert min((a - b).abs().max() for a, b in zip(ends, ends[1:])) > 1e-7
-
-
-def test_each_player_moves_alone_and_by_its_own_loss():
-    """Seen from within: the optimizer moves twice, first θ alone, then φ alone; φ's target does not reach θ."""
-    leaders = []
-    for returns in (0.0, 100.0):
-        torch.manual_seed(0)
-        args = sprig.Args()
-        leader, follower = build(sprig, args)
-        batch = random_batch(sprig, leader, follower)
-        batch = batch._replace(returns=batch.returns + returns)
-        optimizer, states = adam(sprig, leader, follower, args), [clones(leader, follower)]
-        optimizer.register_step_post_hook(lambda *_: states.append(clones(leader, follower)))  # noqa: B023
-        info = sprig.stackelberg_step(leader, follower, optimizer, batch, args)
-        moved = [
-            [any((a != b).any() for a, b in zip(*pair)) for pair in zip(before, after)]
-            for before, after in zip(states, states[1:])
-        ]
-        assert moved == [[True, False], [False, True]]
-        leaders.append(states[-1][0])
-        with torch.no_grad():  # how far the leader's move alone has changed the policy
-            for old, new in zip(states[0], (leader, follower)):
-                for p, value in zip(new.parameters(), old):
-                    p.copy_(value)
-            before = sprig.action_distribution(follower(leader(batch.obs))[0])
-            for p, value in zip(leader.parameters(), states[1][0]):
-                p.copy_(value)
-            after = sprig.action_distribution(follower(leader(batch.obs))[0])
-        kl = torch.distributions.kl_divergence(before, after).mean()
-        assert kl > 0 and info["leader/kl"].item() == pytest.approx(kl.item(), rel=1e-3)
-    assert all(torch.equal(a, b) for a, b in zip(*leaders))
 
 
 @pytest.mark.parametrize("method", ["first-order", "unrolled", "implicit"])
@@ -196,7 +134,7 @@ def test_fused_adam_reads_every_gradient_in_its_own_layout(method):
         players = copy.deepcopy((leader, follower))
         sprig.stackelberg_step(*players, adam(sprig, *players, args, fused=fused), batch, args)
         ends.append(clones(players[0])[0])
-    assert_close(*ends, atol=1e-5, rtol=0)  # the step is ± 2e-4
+    torch.testing.assert_close(*ends, atol=1e-5, rtol=0)  # the step is ± 2e-4
 
 
 def test_update_stops_at_a_large_kl_between_epochs_and_at_what_is_not_finite(script):
@@ -211,30 +149,14 @@ def test_update_stops_at_a_large_kl_between_epochs_and_at_what_is_not_finite(scr
         script.update(leader, follower, optimizer, broken, args)
 
 
-def test_advantages_are_normalised_over_what_is_asked_for(script):
-    ends = {}
-    for norm_adv in ("minibatch", "none"):
-        for factor in (1.0, 100.0):
-            torch.manual_seed(0)
-            args = script.Args(minibatch_size=8, update_epochs=1, norm_adv=norm_adv)
-            leader, follower = build(script, args)
-            batch = random_batch(script, leader, follower)
-            batch = batch._replace(advantages=factor * batch.advantages + factor)
-            script.update(leader, follower, adam(script, leader, follower, args), batch, args)
-            ends[norm_adv, factor] = follower.actor.weight.detach()
-    torch.testing.assert_close(ends["minibatch", 1.0], ends["minibatch", 100.0])
-    assert (ends["none", 1.0] - ends["none", 100.0]).abs().max() > 1e-5
-
-
 # ==== Losses ======================================================================================
 @pytest.mark.parametrize("clip_value_loss", [False, True])
 def test_losses_are_those_of_the_paper(script, clip_value_loss):
     """Eq. 8 and lines 10, 14-17, number by number."""
     settings = {"clip_coef": 0.1, "vf_coef": 0.7, "ent_coef": 0.3, "clip_value_loss": clip_value_loss}
     rng, size = np.random.default_rng(0), 64
-    logits, returns, values, old_values, advantages = rng.normal(size=(5, size)), *rng.normal(size=(4, size))
-    logits = rng.normal(size=(size, 5))
-    actions = rng.integers(5, size=size)
+    returns, values, old_values, advantages = rng.normal(size=(4, size))
+    logits, actions = rng.normal(size=(size, 5)), rng.integers(5, size=size)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     taken = p[np.arange(size), actions]
     ratio = np.exp(rng.normal(0, 0.2, size))
@@ -266,8 +188,7 @@ def test_losses_are_those_of_the_paper(script, clip_value_loss):
 def test_the_paper_as_printed_is_one_flag_and_no_contradiction():
     args = sprig.Args(paper_literal=True)
     assert args.cooperation_weight == 0.3 and args.perception_cost == "l1" and args.attention == "figure4"
-    assert args.leader_objective == "log-prob" and args.leader_value_coef == 0 and args.update == "stackelberg"
-    assert args.feature_scale == 1 and args.leader_gradient == "first-order"
+    assert args.leader_objective == "log-prob" and args.update == "stackelberg" and args.feature_scale == 1
     with pytest.raises(ValueError, match="--paper-literal sets --attention figure4"):
         sprig.Args(paper_literal=True, attention="none")
 
@@ -284,7 +205,7 @@ def one_hot(n):  # every query looks at location 0
 
 
 def permutation(n):  # every query looks at a location of its own
-    return torch.eye(n)[torch.randperm(n)].expand(2, n, n)
+    return torch.eye(n).roll(1, 0).expand(2, n, n)
 
 
 COSTS = {"entropy": (1, 0, 0), "concentration": (0, 1, 0), "l1": (1, 1, 1)}
@@ -324,7 +245,12 @@ def test_entropy_of_sampled_rows_is_unbiased():
     assert ((draws.mean(0) - exact).abs() < 4 * error).all()
 
 
-def test_what_a_cost_cannot_be_computed_from_is_refused():
+def test_what_a_cost_cannot_be_computed_from_is_refused_or_not_drawn():
+    args = sprig.Args(perception_cost="concentration", cost_rows=3)
+    leader, follower = build(sprig, args)
+    obs = random_batch(sprig, leader, follower).obs
+    expected = sprig.perception_cost(leader(obs, num_rows=0)[1], "concentration")
+    torch.testing.assert_close(sprig.perceive(leader, obs, args)[1], expected)
     with pytest.raises(ValueError, match="all 49 query rows"):
         sprig.perception_cost([torch.full((1, 5, 49), 1 / 49)], "concentration")
     with pytest.raises(ValueError, match="unknown perception cost 'l2'"):
@@ -398,44 +324,14 @@ def test_gates_start_at_zero_and_attention_then_changes_nothing():
     assert torch.equal(gated(obs), plain(obs))
 
 
-@pytest.fixture(scope="module")
-def frames():
-    """Of four games of BeamRider, well under way."""
+@torch.no_grad()
+def test_features_know_where_things_are_unless_read_literally():
+    """Row 4 of docs/paper.md: the spatial standard deviation of the final features, on frames of BeamRider."""
     envs, _ = sprig.begin_games(sprig.Args(num_envs=4, threads=1), 0, 0)
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        obs, *_ = envs.step(rng.integers(9, size=4))
+    for t in range(60):
+        obs, *_ = envs.step(np.arange(t, t + 4) % 9)
     envs.close()
-    return torch.from_numpy(obs)
-
-
-@torch.no_grad()
-def test_features_know_where_things_are_unless_read_literally(frames):
-    """Row 4 of docs/paper.md: the spatial standard deviation of the final features."""
-    space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    spread = [
-        sprig.Leader(space, args)(frames).view(4, 64, 49).std(-1).mean().item()
-        for args in (sprig.Args(feature_scale=1.0), sprig.Args(paper_literal=True))
-    ]
-    assert spread[0] > 0.1 and spread[1] < 0.01
-
-
-@torch.no_grad()
-def test_features_are_as_large_as_the_nature_cnns(frames):
-    """Row 11 of docs/paper.md: before training, the sum of absolute values; at unit scale it is some seven times that."""
-    space, sums = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), []
-    for seed in range(6):
-        for script in (sprig, ppo):
-            torch.manual_seed(seed)
-            sums.append(script.Leader(space, script.Args())(frames).abs().sum(1).mean().item())
-    assert np.mean(np.divide(sums[::2], sums[1::2])) == pytest.approx(1, abs=0.2)
-
-
-def test_concentration_is_computed_from_all_rows_whatever_is_drawn():
-    args = sprig.Args(perception_cost="concentration", cost_rows=3)
-    leader, follower = build(sprig, args)
-    obs = random_batch(sprig, leader, follower).obs
-    _, cost = sprig.perceive(leader, obs, args)
-    torch.testing.assert_close(cost, sprig.perception_cost(leader(obs, num_rows=0)[1], "concentration"))
-    _, sampled = sprig.perceive(leader, obs, dataclasses.replace(args, perception_cost="entropy"))
-    assert sampled.shape == cost.shape == (16,) and 0 < cost.min() and sampled.max() <= 1
+    for args in (sprig.Args(feature_scale=1.0), sprig.Args(paper_literal=True)):
+        features = sprig.Leader(envs.single_observation_space, args)(torch.from_numpy(obs))
+        spread = features.view(4, 64, 49).std(-1).mean()
+        assert spread < 0.01 if args.paper_literal else spread > 0.1

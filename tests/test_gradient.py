@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_game import BOTH, build, in_double, random_batch
+from test_game import build, in_double, random_batch
 from torch.func import functional_call
 
 import sprig_atari as sprig
@@ -31,19 +31,6 @@ def distance(ours, theirs):
     return ((flat(ours) - flat(theirs)).norm() / flat(theirs).norm()).item()
 
 
-def central_differences(function, parameters, step=1e-6):
-    gradients = [torch.zeros_like(p) for p in parameters]
-    for k, slope in enumerate(gradients):
-        for i in range(slope.numel()):
-            ends = []
-            for sign in (1, -1):
-                moved = [p.detach().clone() for p in parameters]
-                moved[k].view(-1)[i] += sign * step
-                ends.append(function(moved).item())
-            slope.view(-1)[i] = (ends[0] - ends[1]) / (2 * step)
-    return gradients
-
-
 # ==== Quadratic games =============================================================================
 def scalar_game(a=1.0, c=1.0, h=1.0, p=1.0, k=2.0, q=0.0, x=0.5, y=0.3):
     """The leader's x wants p and the follower's y at q; the follower wants y = k·x."""
@@ -57,16 +44,12 @@ def scalar_game(a=1.0, c=1.0, h=1.0, p=1.0, k=2.0, q=0.0, x=0.5, y=0.3):
     return leader_loss_fn, follower_loss_fn, doubles(x), doubles(y)
 
 
-CLOSED_FORM = [("first-order", {}, -0.5), ("implicit", {}, 0.1), ("implicit", {"damping": 1.0}, -0.2)]
-CLOSED_FORM += [("unrolled", {"step_size": 0.1, "num_steps": 1}, -0.426)]
-
-
-@BOTH
-@pytest.mark.parametrize(("method", "options", "expected"), CLOSED_FORM)
-def test_the_gradients_of_the_scalar_game(script, method, options, expected):
-    defaults = {"step_size": 0.1, "num_steps": 1, "clamp": None, **EXACT}
-    (got,) = script.leader_gradient(*scalar_game(), method, **defaults | options)
-    assert got.item() == pytest.approx(expected, abs=1e-12)
+def test_the_gradients_of_the_scalar_game():
+    for method, damping, expected in (
+        ("first-order", 0, -0.5), ("implicit", 0, 0.1), ("implicit", 1, -0.2), ("unrolled", 0, -0.426)
+    ):  # fmt: skip
+        got = gradient(scalar_game(), method, damping=damping, step_size=0.1)[0].item()
+        assert got == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -85,30 +68,6 @@ def test_scalar_games_follow_the_closed_form(seed):
         expected = a * (x - p) + rho * k * c * (y - rho * (y - k * x) - q)
         got = gradient(game, "unrolled", step_size=step_size, num_steps=num_steps)
         assert got[0].item() == pytest.approx(expected, rel=1e-9)
-
-
-STATIONARY = [
-    ("first-order", {}, 0.0),  # Nash
-    ("implicit", {"damping": 1.5}, 2 / (2 + 1.5)),
-    ("unrolled", {"step_size": 0.1, "num_steps": 1}, 0.2),
-    ("unrolled", {"step_size": 0.1, "num_steps": 4}, 1 - 0.8**4),
-    ("implicit", {"damping": 0.0}, 1.0),  # Stackelberg
-]
-
-
-@pytest.mark.parametrize(("method", "options", "rho"), STATIONARY)
-def test_descent_lands_on_the_stationary_point_of_its_own_method(method, options, rho):
-    a, c, h, p, k, q = 1.3, 0.7, 2.0, 1.0, 2.0, -0.5
-    game = scalar_game(a, c, h, p, k, q, x=-1.0, y=3.0)
-    _, follower_loss_fn, theta, phi = game
-    for _ in range(300):
-        step = gradient(game, method, **options)[0]
-        answer = torch.autograd.grad(follower_loss_fn(theta, phi), phi)[0]
-        with torch.no_grad():
-            theta[0] -= 0.1 * step
-            phi[0] -= 0.3 * answer
-    x = (a * p + rho * c * k * q) / (a + rho * c * k**2)
-    assert theta[0].item() == pytest.approx(x, abs=1e-8) and phi[0].item() == pytest.approx(k * x, abs=1e-8)
 
 
 def test_leading_pays():
@@ -186,62 +145,35 @@ def tiny_game(**settings):
     return leader_loss_fn, follower_loss_fn, list(leader.parameters()), list(follower.parameters())
 
 
-@pytest.mark.parametrize("objective", ["clipped", "log-prob"])
-@pytest.mark.parametrize("cost", ["entropy", "concentration"])
-def test_first_order_gradients_equal_finite_differences(objective, cost):
-    game = tiny_game(leader_objective=objective, perception_cost=cost, clip_value_loss=cost == "entropy")
-    leader_loss_fn, follower_loss_fn, theta, phi = game
-    expected = central_differences(lambda x: leader_loss_fn(x, phi), theta)
-    assert distance(gradient(game, "first-order"), expected) < 1e-6
-    expected = central_differences(lambda x: follower_loss_fn(theta, x), phi)
-    assert distance(torch.autograd.grad(follower_loss_fn(theta, phi), phi), expected) < 1e-6
-
-
 def test_unrolled_gradient_equals_finite_differences():
     game = leader_loss_fn, follower_loss_fn, theta, phi = tiny_game()
 
-    def after_three_steps(theta):
-        answer = phi
+    def after_three_steps(sign, direction):
+        answer, moved = phi, [(x + sign * 1e-6 * d).detach() for x, d in zip(theta, direction)]
         for _ in range(3):
-            slope = torch.autograd.grad(follower_loss_fn(theta, answer), answer)
+            slope = torch.autograd.grad(follower_loss_fn(moved, answer), answer)
             answer = [(x - 0.05 * dx).detach().requires_grad_() for x, dx in zip(answer, slope)]
-        return leader_loss_fn(theta, answer)
+        return leader_loss_fn(moved, answer).item()
 
-    got = gradient(game, "unrolled", step_size=0.05, num_steps=3)
-    assert distance(got, central_differences(after_three_steps, theta)) < 1e-6
+    got = flat(gradient(game, "unrolled", step_size=0.05, num_steps=3))
+    for _ in range(5):
+        direction = [torch.randn_like(x) for x in theta]
+        slope = (after_three_steps(1, direction) - after_three_steps(-1, direction)) / 2e-6
+        assert (got @ flat(direction)).item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
-def dense(game, damping):
-    """The implicit gradient by dense linear algebra, (total, smallest eigenvalue of H)."""
-    leader_loss_fn, follower_loss_fn, theta, phi = game
+def test_implicit_gradient_equals_dense_linear_algebra():
+    game = leader_loss_fn, follower_loss_fn, theta, phi = tiny_game()
     v = flat(torch.autograd.grad(leader_loss_fn(theta, phi), phi))
     slope = flat(torch.autograd.grad(follower_loss_fn(theta, phi), phi, create_graph=True))
     rows = [torch.autograd.grad(x, phi + theta, retain_graph=True, materialize_grads=True) for x in slope]
     H, M = (torch.stack([flat(row[part]) for row in rows]) for part in (slice(0, len(phi)), slice(len(phi), None)))
-    first_order = flat(torch.autograd.grad(leader_loss_fn(theta, phi), theta))
-    correction = M.T @ torch.linalg.solve(H + damping * torch.eye(len(H), dtype=H.dtype), v)
-    return [first_order - correction], torch.linalg.eigvalsh(H).min().item()
-
-
-def test_implicit_gradient_equals_dense_linear_algebra():
-    game = tiny_game()
-    _, lowest = dense(game, 1.0)
+    lowest = torch.linalg.eigvalsh(H).min().item()
     assert lowest < 0, "PPO's loss has directions of negative curvature"
-    expected, _ = dense(game, 0.1 - lowest)
-    assert distance(gradient(game, "implicit", damping=0.1 - lowest), expected) < 1e-9
-    assert distance(gradient(game, "first-order"), expected) > 0.01
-
-
-def test_envelope_a_leader_that_wants_what_the_follower_wants_has_nothing_to_anticipate():
-    _, follower_loss_fn, theta, phi = scalar_game(x=0.5, y=1.0)  # y = k·x, the best response
-
-    def leader_loss_fn(theta, phi):
-        return 3 * follower_loss_fn(theta, phi) + theta[0] ** 3
-
-    for method in METHODS:
-        assert gradient((leader_loss_fn, follower_loss_fn, theta, phi), method)[0].item() == pytest.approx(0.75)
-        elsewhere = gradient((leader_loss_fn, follower_loss_fn, theta, doubles(0.0)), method)[0].item()
-        assert abs(elsewhere - gradient((leader_loss_fn, follower_loss_fn, theta, doubles(0.0)), "first-order")[0]) > 1
+    correction = M.T @ torch.linalg.solve(H + (0.1 - lowest) * torch.eye(len(H), dtype=H.dtype), v)
+    first_order = flat(torch.autograd.grad(leader_loss_fn(theta, phi), theta))
+    assert distance(gradient(game, "implicit", damping=0.1 - lowest), [first_order - correction]) < 1e-9
+    assert correction.norm() > 0.01 * first_order.norm()
 
 
 # ==== Limits ======================================================================================
@@ -255,21 +187,15 @@ def test_strong_damping_gives_the_first_order_gradient():
 
 
 def test_damping_of_one_over_eta_is_one_step_of_size_eta():
-    """Where nothing is clipped. The unroll's first part is taken at φ⁺, which is no part of the implicit one's."""
-    game = leader_loss_fn, follower_loss_fn, theta, phi = tiny_game(leader_objective="log-prob", clip_coef=10.0)
-    moved = torch.autograd.grad(follower_loss_fn(theta, phi), phi)
-    first_order, gaps, corrections = flat(gradient(game, "first-order")), [], []
+    """To first order in η: of what both add to the first-order gradient, the difference is of second order."""
+    game, gaps, corrections = scalar_game(), [], []
     for step_size in (1e-2, 5e-3, 2.5e-3):
-        answer = [(x - step_size * dx).detach().requires_grad_() for x, dx in zip(phi, moved)]
-        at_answer = flat(torch.autograd.grad(leader_loss_fn(theta, answer), theta))
-        unrolled = flat(gradient(game, "unrolled", step_size=step_size)) - at_answer
-        implicit = flat(gradient(game, "implicit", damping=1 / step_size)) - first_order
-        gaps.append((unrolled - implicit).norm().item())
-        corrections.append(implicit.norm().item())
-    for a, b in zip(corrections, corrections[1:]):
-        assert a / b == pytest.approx(2, rel=0.1), "the correction is of first order in η"
-    for a, b in zip(gaps, gaps[1:]):
-        assert a / b == pytest.approx(4, rel=0.1), "the difference is of second order"
+        unrolled = gradient(game, "unrolled", step_size=step_size)[0].item() + 0.5
+        implicit = gradient(game, "implicit", damping=1 / step_size)[0].item() + 0.5
+        gaps.append(unrolled - implicit)
+        corrections.append(implicit)
+    for (a, b), (c, d) in zip(zip(corrections, corrections[1:]), zip(gaps, gaps[1:])):
+        assert a / b == pytest.approx(2, rel=0.02) and c / d == pytest.approx(4, rel=0.02)
 
 
 # ==== Safeguards ==================================================================================
