@@ -1,6 +1,5 @@
 """What is particular to the scripts for state vectors: families of tasks, their faults, normalisation, entries."""
 
-import copy
 import sys
 
 import gymnasium as gym
@@ -63,7 +62,7 @@ def registered(make, **kwargs):
     return name
 
 
-BOX = gym.spaces.Box(-2, 2, (2,), np.float32)
+ONE, PAIR, THREE = np.float32(1), gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Discrete(3)
 DICT = gym.spaces.Dict({"b": gym.spaces.Box(0, 9, (2, 2)), "a": gym.spaces.Box(0, 9, (1,))})
 IMAGE = gym.spaces.Dict({"a": gym.spaces.Box(0, 1, (1,)), "camera": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)})
 
@@ -118,33 +117,31 @@ def test_dictionaries_are_flattened(script):
     assert script.env_protocol(args)["observation"] == "5 entries"
 
 
-def rescaled(**kwargs):
-    return gym.wrappers.RescaleAction(Odd(actions=BOX), np.float32(-1), np.float32(1))
+WRAPPED = {  # name: (wrapper, the space that it shows, an action in it, what reaches the task)
+    "rescaled": (lambda env: gym.wrappers.RescaleAction(env, -ONE, ONE), str(PAIR), [5.0, -0.5], [2.0, -1.0]),
+    "fewer": (
+        lambda env: gym.wrappers.TransformAction(env, lambda a: np.append(a, 0), PAIR),
+        str(PAIR),
+        [-7.0, 0.5],
+        [-1.0, 0.5, 0.0],
+    ),
+    "discrete": (
+        lambda env: gym.wrappers.TransformAction(env, lambda a: np.full(2, a - 1), THREE),
+        "Discrete(3)",
+        2,
+        [1, 1],
+    ),
+}
 
 
-def fewer(**kwargs):
-    one = gym.spaces.Box(-1, 1, (1,), np.float32)
-    return gym.wrappers.TransformAction(Odd(actions=BOX), lambda a: np.append(a, 0), one)
-
-
-def pushed(**kwargs):
-    return gym.wrappers.TransformAction(Odd(actions=BOX), lambda a: np.full(2, a - 1.0), gym.spaces.Discrete(3))
-
-
-@pytest.mark.parametrize(
-    ("make", "shown", "given", "taken"),
-    [
-        (rescaled, "Box(-1.0, 1.0, (2,), float32)", [5.0, -0.5], [2.0, -1.0]),
-        (fewer, "Box(-1.0, 1.0, (1,), float32)", [-7.0], [-1.0, 0.0]),
-        (pushed, "Discrete(3)", 2, [1.0, 1.0]),
-    ],
-)
-def test_the_wrapped_tasks_actions_count(script, make, shown, given, taken):
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_the_wrapped_tasks_actions_count(script, kind):
     """In the record, in the policy and in clipping."""
-    args = script.Args(env_id=registered(make))
+    wrap, shown, given, taken = WRAPPED[kind]
+    inner = gym.spaces.Box(-2, 2, (len(taken),), np.float32)
+    args = script.Args(env_id=registered(lambda **_: wrap(Odd(actions=inner))))
     assert script.env_protocol(args)["action"] == shown
-    _, follower = script.make_agent(args, "cpu")
-    assert follower.actor[-1].out_features == (3 if make is pushed else len(given))
+    assert script.make_agent(args, "cpu")[1].actor[-1].out_features == (3 if kind == "discrete" else 2)
     envs, _ = script.begin_games(args, 0, 0)
     envs.step(np.array([given]))
     np.testing.assert_allclose(Odd.action, taken)
@@ -181,26 +178,26 @@ def test_a_task_that_cannot_be_played_is_one_line_and_leaves_no_folder(script, f
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("env_id", "module", "mend"),
-    [
-        ("HalfCheetah-v5", "mujoco", "pip install mujoco"),
-        ("LunarLander-v3", "Box2D", "pip install box2d"),
-        ("dm_control/cheetah-run-v0", "shimmy", "pip install shimmy"),
-    ],
-)
-def test_a_missing_package_is_named_with_its_remedy(script, env_id, module, mend, monkeypatch):
+MISSING = {"HalfCheetah-v5": "mujoco", "LunarLander-v3": "Box2D", "dm_control/cheetah-run-v0": "shimmy"}
+
+
+@pytest.mark.parametrize(("env_id", "module"), MISSING.items())
+def test_a_missing_package_is_named_with_its_remedy(script, env_id, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     for name in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SystemExit, match=f"error: --env-id {env_id} .*{mend}"):
+    with pytest.raises(SystemExit, match=f"error: --env-id {env_id} .*pip install {module.lower()}"):
         script.make_env(script.Args(env_id=env_id))
 
 
 def test_a_reward_of_one_entry_is_a_number(script):
-    args = script.Args(env_id=registered(Odd, reward=np.ones(1)), num_steps=64)
-    _, _, [(_, games)], _ = collect(script, args)
-    assert games and all(score == length for _, score, length in games)
+    """Logged as it is, and clipped for the learner, if that is asked for."""
+    for clip, seen in ((True, 10), (False, 50)):
+        settings = {"norm_rewards": False, "gamma": 0.0, "num_steps": 64, "clip_rewards": clip}
+        _, _, [(batch, games)], _ = collect(
+            script, script.Args(env_id=registered(Odd, reward=np.array([50])), **settings)
+        )
+        assert games and all(score == 50 * length for _, score, length in games) and (batch.returns == seen).all()
 
 
 def test_in_an_evaluation_a_game_that_is_over_idles(script):
@@ -255,14 +252,6 @@ def test_statistics_and_returns_over_rollouts(script, switches, scaled):
         before.observe(batch.obs)
 
 
-def test_rewards_are_clipped_only_if_asked(script):
-    for clip, reward in ((True, 10.0), (False, 50.0)):
-        args = script.Args(env_id=registered(Odd, reward=50.0), num_steps=64, norm_rewards=False, gamma=0.0)
-        args.clip_rewards = clip
-        _, _, [(batch, games)], _ = collect(script, args)
-        assert (batch.returns == reward).all() and games[0][1] == 50 * games[0][2], "logged returns are raw"
-
-
 def test_entries_are_normalised_and_clipped(script):
     leader, _ = script.make_agent(script.Args(env_id="Pendulum-v1"), "cpu")
     normaliser = leader.normaliser
@@ -295,46 +284,18 @@ def test_noise_and_distractors_reach_the_leader_and_delay_moves_reward(script):
 
 
 # ==== Entries as tokens ===========================================================================
-def entries_leader(size, gate, **settings):
-    leader = sprig_continuous.Leader(gym.spaces.Box(-1, 1, (size,), np.float32), sprig_continuous.Args(**settings))
-    for parameter in (*leader.layer_gates, *(block.gate for block in leader.blocks if block)):
-        if parameter is not None:
-            parameter.data.fill_(gate)
-    return leader
-
-
-@torch.no_grad()
-def test_permuted_entries_with_permuted_parameters_give_the_same_policy():
-    leader = entries_leader(9, gate=0.7)
-    for norm in leader.norms:
-        torch.nn.init.normal_(norm.weight)
-        torch.nn.init.normal_(norm.bias)
-    follower = sprig_continuous.Follower(leader.num_features, gym.spaces.Box(-1, 1, (3,), np.float32))
-    obs, order = torch.randn(5, 9), torch.randperm(9)
-    other_leader, other_follower = copy.deepcopy((leader, follower))
-    for module in (other_leader, *other_leader.norms):
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data[order]
-    for head in (other_follower.actor, other_follower.critic):
-        head[0].weight.data = head[0].weight.data.view(64, 9, -1)[:, order].flatten(1)
-    expected, permuted = follower(leader(obs)), other_follower(other_leader(obs[:, order]))
-    unmoved = other_follower(other_leader(obs))
-    for a, b in zip(expected, permuted):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    assert (unmoved[1] - expected[1]).abs().max() > 1e-3
-    for a, b in zip(leader(obs, num_rows=0)[1], other_leader(obs[:, order], num_rows=0)[1]):
-        torch.testing.assert_close(a[:, order][:, :, order], b, atol=1e-5, rtol=1e-4)
-
-
 @torch.no_grad()
 def test_features_start_linear_in_the_observation_and_entries_stay_apart_unless_read_literally():
     """Row 4 of docs/paper.md, on vectors."""
-    obs, spread = torch.randn(2, 64, 17), {}
-    for attention, gate in (("gated", 0.0), ("none", 0.0), ("gated", 0.7), ("figure4", 0.0)):
-        leader = entries_leader(17, gate, attention=attention, feature_scale=1.0)
+    obs, spread, space = torch.randn(2, 64, 17), {}, gym.spaces.Box(-1, 1, (17,), np.float32)
+    for attention, gate in (("gated", 0.0), ("none", 0.0), ("gated", 0.7), ("figure4", None)):
+        leader = sprig_continuous.Leader(space, sprig_continuous.Args(attention=attention, feature_scale=1.0))
+        for parameter in leader.layer_gates if gate else ():
+            parameter.fill_(gate)
         bent = leader(obs[0] + 2 * obs[1]) - leader(obs[0]) - 2 * leader(obs[1])
-        assert (bent.abs().max() < 1e-4) == (gate == 0 and attention != "figure4")
+        assert (bent.abs().max() < 1e-4) == (gate == 0)
         spread[attention] = leader(obs[0]).view(64, 17, -1).std(1).mean().item()  # over entries
         info, picture = leader.look(obs[0])
-        assert picture.shape == (8 * 17, 0 if attention == "none" else 3 * 8 * 17) and len(info) in (0, 3, 9)
+        assert picture.shape == (8 * 17, 0 if attention == "none" else 3 * 8 * 17)
+        assert len(info) == {"gated": 9, "figure4": 3, "none": 3}[attention]
     assert spread["gated"] > 0.1 and spread["figure4"] < 0.5 * spread["gated"]

@@ -74,23 +74,6 @@ def test_logged_returns_are_raw_sums_over_whole_games(history):
     assert games >= 3 and wrong_if_clipped
 
 
-@pytest.mark.parametrize("env_id", ["BeamRiderNoFrameskip-v4", "MinAtar/Freeway-v1"])
-def test_truncation_after_max_episode_steps_with_a_real_final_observation(script, env_id):
-    """In agent steps, where the emulator counts frames."""
-    envs = script.make_envs(script.Args(env_id=env_id, num_envs=2, threads=1, max_episode_steps=30))
-    previous = None
-    for t, (_, terminations, truncations, info, obs) in enumerate(play(envs, 30)):
-        if t == 30:
-            assert truncations.all() and not terminations.any() and info["_episode"].all()
-            assert (info["episode"]["l"] == 30).all()
-            if env_id.startswith("BeamRider"):  # the old game's stack moved on by one
-                np.testing.assert_array_equal(np.stack(info["final_obs"])[:, :-1], previous[:, 1:])
-                assert not np.array_equal(obs[:, :-1], previous[:, 1:])
-        elif t:
-            assert not truncations.any() and "_episode" not in info
-        previous = obs
-
-
 DISTURBED = {"observation_noise": 0.2, "distractors": 2, "reward_delay": 3}
 
 
@@ -115,9 +98,11 @@ def test_returns_at_each_kind_of_end(script, env_id, switches):
     for t, info in enumerate(infos):
         for row in np.flatnonzero(truncations[t]):
             led_to[t][row] = info["final_obs"][row]
+            if not switches and env_id != MINATAR:  # the old game's stack has moved on by one
+                np.testing.assert_array_equal(led_to[t][row][:-1], obs[t - 1][row][1:])
         for row in np.flatnonzero(info.get("_episode", ())):
             expected_games.append((t + 1, info["episode"]["r"][row], info["episode"]["l"][row]))
-    assert games == expected_games and len(games) >= 2
+    assert games == expected_games and len(games) >= 2 and max(length for _, _, length in games) <= 27
     terminations, truncations = np.concatenate(terminations), np.concatenate(truncations)
     assert terminations.sum() >= 2 and (truncations.sum() >= 2 or env_id == MINATAR)
     next_values = follower(leader(torch.from_numpy(np.concatenate(led_to))))[1]
@@ -187,25 +172,10 @@ def test_seeds_of_neighbouring_runs_and_of_all_uses_are_distinct(script):
     assert {type(seed) for seed in seeds} == {int}, "a numpy integer makes the emulator raise TypeError"
 
 
-@pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "MinAtar/Asterix-v1"])
-def test_games_begin_alike_from_one_seed_whatever_came_before_and_on_any_number_of_threads(script, env_id):
-    histories = []
-    for stream, threads in (((0, 0), 1), ((0, 0), 2), ((0, 512), 1)):
-        args = script.Args(env_id=env_id, num_envs=3, threads=threads, observation_noise=0.1)
-        envs, obs = script.begin_games(args, *stream)
-        drawn = [torch.rand(1).item(), np.random.rand()]  # noqa: NPY002
-        steps = [envs.step(np.array([t % 3, 1, t % 2]))[:2] for t in range(60)]
-        histories.append((drawn, obs, np.array([x for x, _ in steps]), np.array([r for _, r in steps])))
-        envs.close()
-    one, again, other = histories
-    for a, b, c in zip(one, again, other):
-        np.testing.assert_array_equal(a, b)
-        assert not np.array_equal(a, c) or a.shape == (60, 3), "rewards may agree"
-
-
 # ==== Disturbed ===================================================================================
-@pytest.mark.parametrize("env_id", ["BeamRiderNoFrameskip-v4", MINATAR])
-@pytest.mark.parametrize("clip_rewards", [True, False])
+@pytest.mark.parametrize(
+    ("env_id", "clip_rewards"), [("BeamRiderNoFrameskip-v4", True), ("BeamRiderNoFrameskip-v4", False), (MINATAR, True)]
+)
 def test_robustness_switches_disturb_what_is_seen_and_delay_what_is_paid(script, env_id, clip_rewards):
     common = {"env_id": env_id, "num_envs": 2, "max_episode_steps": 350, "clip_rewards": clip_rewards, "threads": 1}
     switches = {"observation_noise": 0.1, "distractors": 4, "reward_delay": 7}

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-import ppo_atari_baseline as ppo
 import sprig_atari as sprig
 import sprig_continuous
 

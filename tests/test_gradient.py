@@ -1,12 +1,12 @@
 """The leader's total derivative: closed forms, limits, finite differences, and the losses that it is for."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_game import build, in_double, random_batch
 from torch.func import functional_call
 
-import sprig_atari as sprig
+import sprig_continuous as sprig  # whose update is the same text as that of sprig_atari
 
 METHODS = ["unrolled", "implicit"]
 EXACT = {"damping": 0.0, "cg_iterations": 200, "cg_tolerance": 1e-14}
@@ -80,73 +80,51 @@ def test_leading_pays():
     assert losses == {"first-order": pytest.approx(2), "implicit": pytest.approx(0.4)}
 
 
-def spectrum(rng, size, condition):
-    """A symmetric matrix with eigenvalues from 1 to `condition`."""
-    basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
-    return torch.from_numpy(basis * np.geomspace(1, condition, size) @ basis.T)
-
-
-@pytest.mark.parametrize(("leader_size", "follower_size"), [(4, 9), (9, 4)])
-def test_vector_games_follow_the_closed_form(leader_size, follower_size):
-    rng = np.random.default_rng(3)
-    A, C, H = (spectrum(rng, size, 1e4) for size in (leader_size, follower_size, follower_size))
-    K, p, q, x, y = (
-        torch.from_numpy(rng.normal(size=size))
-        for size in ((follower_size, leader_size), leader_size, follower_size, leader_size, follower_size)
-    )
-
-    def leader_loss_fn(theta, phi):
-        return 0.5 * (theta[0] - p) @ A @ (theta[0] - p) + 0.5 * (phi[0] - q) @ C @ (phi[0] - q)
-
-    def follower_loss_fn(theta, phi):
-        return 0.5 * (phi[0] - K @ theta[0]) @ H @ (phi[0] - K @ theta[0])
-
-    got = gradient((leader_loss_fn, follower_loss_fn, [x], [y]), "implicit")
-    assert distance(got, [A @ (x - p) + K.T @ C @ (y - q)]) < 1e-8
-
-
 # ==== The losses of SPRIG =========================================================================
-class Tiny(torch.nn.Module):
-    def __init__(self, width_in, *widths_out):
+class Heads(torch.nn.Module):
+    """A follower small enough for dense linear algebra."""
+
+    def __init__(self, num_features):
         super().__init__()
-        self.heads = torch.nn.ModuleList(torch.nn.Linear(width_in, w) for w in widths_out)
+        self.actor, self.critic = torch.nn.Linear(num_features, 3), torch.nn.Linear(num_features, 1)
 
-    def forward(self, x):
-        outputs = [head(x) for head in self.heads]
-        return torch.tanh(outputs[0]) if len(outputs) == 1 else (outputs[0], outputs[1].squeeze(-1))
-
-
-SMOOTH = {"leader_value_coef": 0.3, "perception_cost_weight": 0.5, "ent_coef": 0.1}
+    def forward(self, features):
+        return self.actor(features), self.critic(features).squeeze(-1)
 
 
-def tiny_game(**settings):
-    """Small smooth players in float64, the rollout's policy a little away from the current one."""
-    args = sprig.Args(**SMOOTH | settings)
+def real_game(**settings):
+    """The losses on a real leader of three entries, in float64: (f_L, f_F, theta, phi), what they are made of.
+    Nothing is shared between the two losses; the rollout's policy is a little away from the current one."""
     torch.manual_seed(1)
-    leader, follower = Tiny(5, 6).double(), Tiny(6, 3, 1).double()
-    obs, actions = torch.randn(16, 5, dtype=torch.float64), torch.randint(3, (16,))
+    shown = {"leader_value_coef": 0.3, "perception_cost_weight": 0.5, "ent_coef": 0.1, "cost_rows": 0}
+    args = sprig.Args(**shown | settings, max_grad_norm=1e9, norm_obs=False, feature_scale=1.0)
+    leader = sprig.Leader(gym.spaces.Box(-1, 1, (3,), np.float32), args)
+    for gate in (*leader.layer_gates, *(block.gate for block in leader.blocks)):
+        gate.data.fill_(0.7)  # at their first value, 0, attention would not matter
+    leader, follower = leader.double(), Heads(leader.num_features).double()
+    obs, actions = torch.randn(16, 3).double(), torch.randint(3, (16,))
     logits, values = follower(leader(obs))
-    logprobs = sprig.action_distribution(logits).log_prob(actions).detach()
-    logprobs = logprobs + 0.05 * torch.randn_like(logprobs)
+    logprobs = sprig.action_distribution(logits).log_prob(actions).detach() + 0.05 * torch.randn(16)
     batch = sprig.Batch(obs, actions, logprobs, values.detach() + torch.randn(16), *torch.randn(2, 16).double())
 
-    def call(module, values, x):
-        return functional_call(module, dict(zip(dict(module.named_parameters()), values)), (x,))
+    def call(module, values, *inputs):
+        return functional_call(module, dict(zip(dict(module.named_parameters()), values)), inputs)
 
     def leader_loss_fn(theta, phi):
-        features = call(leader, theta, obs)
-        attention = (features.unsqueeze(2) * features.unsqueeze(1)).softmax(-1)  # (16, 6, 6), depends on theta
-        cost = sprig.perception_cost([attention], args.perception_cost)
-        return sprig.leader_loss(*call(follower, phi, features), cost, batch, args)[0]
+        features, attention = call(leader, theta, obs, 0)
+        return sprig.leader_loss(
+            *call(follower, phi, features), sprig.perception_cost(attention, "entropy"), batch, args
+        )[0]
 
     def follower_loss_fn(theta, phi):
         return sprig.follower_loss(*call(follower, phi, call(leader, theta, obs)), batch, args)[0]
 
-    return leader_loss_fn, follower_loss_fn, list(leader.parameters()), list(follower.parameters())
+    game = leader_loss_fn, follower_loss_fn, list(leader.parameters()), list(follower.parameters())
+    return game, (leader, follower, batch, args)
 
 
 def test_unrolled_gradient_equals_finite_differences():
-    game = leader_loss_fn, follower_loss_fn, theta, phi = tiny_game()
+    game = leader_loss_fn, follower_loss_fn, theta, phi = real_game()[0]
 
     def after_three_steps(sign, direction):
         answer, moved = phi, [(x + sign * 1e-6 * d).detach() for x, d in zip(theta, direction)]
@@ -163,7 +141,7 @@ def test_unrolled_gradient_equals_finite_differences():
 
 
 def test_implicit_gradient_equals_dense_linear_algebra():
-    game = leader_loss_fn, follower_loss_fn, theta, phi = tiny_game()
+    game = leader_loss_fn, follower_loss_fn, theta, phi = real_game()[0]
     v = flat(torch.autograd.grad(leader_loss_fn(theta, phi), phi))
     slope = flat(torch.autograd.grad(follower_loss_fn(theta, phi), phi, create_graph=True))
     rows = [torch.autograd.grad(x, phi + theta, retain_graph=True, materialize_grads=True) for x in slope]
@@ -178,7 +156,7 @@ def test_implicit_gradient_equals_dense_linear_algebra():
 
 # ==== Limits ======================================================================================
 def test_strong_damping_gives_the_first_order_gradient():
-    game = tiny_game()
+    game, _ = real_game()
     first_order = gradient(game, "first-order")
     errors = [distance(gradient(game, "implicit", damping=damping), first_order) for damping in (1e3, 1e4, 1e5)]
     assert errors[2] < 1e-4
@@ -211,7 +189,7 @@ def test_conjugate_gradients_stop_on_negative_curvature():
 
 
 def test_conjugate_gradients_stop_at_their_tolerance():
-    matrix, v = spectrum(np.random.default_rng(0), 30, 100.0), torch.ones(30, dtype=torch.float64)
+    matrix, v = torch.diag(torch.logspace(0, 2, 30, dtype=torch.float64)), torch.ones(30, dtype=torch.float64)
     products = []
 
     def residual(iterations, tolerance, v=v):
@@ -226,7 +204,7 @@ def test_conjugate_gradients_stop_at_their_tolerance():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_clamp_bounds_the_correction_and_keeps_its_direction(method):
-    game, options = tiny_game(), {"step_size": 0.5, "damping": 1.0}
+    game, options = real_game()[0], {"step_size": 0.5, "damping": 1.0}
     first_order, free = (flat(gradient(game, m, **options)) for m in ("first-order", method))
     ratio = ((free - first_order).norm() / first_order.norm()).item()
     assert ratio > 0.01
@@ -270,30 +248,14 @@ def test_an_unknown_method_is_refused():
         sprig.Args(leader_gradient="implicit", update="joint")
 
 
-# ==== In a step ===================================================================================
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_takes_the_total_derivative(method, monkeypatch):
-    """On the real networks. Here nothing is shared between the losses: each runs both networks anew."""
-    options = {"step_size": 0.05, "damping": 500.0, "cg_iterations": 100, "cg_tolerance": 1e-10, "clamp": None}
-    monkeypatch.setattr(sprig, "TOTAL_DERIVATIVE", options | {"num_steps": 1})
-    args = sprig.Args(leader_gradient=method, cost_rows=0, perception_cost_weight=0.1, max_grad_norm=1e9)
-    leader, follower = build(sprig, args)
-    leader, follower, batch = in_double(leader, follower, random_batch(sprig, leader, follower, 8))
-
-    def call(module, values, *inputs):
-        return functional_call(module, dict(zip(dict(module.named_parameters()), values)), inputs)
-
-    def leader_loss_fn(theta, phi):
-        features, attention = call(leader, theta, batch.obs, 0)
-        cost = sprig.perception_cost(attention, args.perception_cost)
-        return sprig.leader_loss(*call(follower, phi, features), cost, batch, args)[0]
-
-    def follower_loss_fn(theta, phi):
-        return sprig.follower_loss(*call(follower, phi, call(leader, theta, batch.obs)), batch, args)[0]
-
-    game = leader_loss_fn, follower_loss_fn, list(leader.parameters()), list(follower.parameters())
+    options = {"step_size": 0.05, "num_steps": 1, "damping": 20.0, "cg_iterations": 300, "cg_tolerance": 1e-12}
+    options["clamp"] = None
+    monkeypatch.setattr(sprig, "TOTAL_DERIVATIVE", options)
+    game, (leader, follower, batch, args) = real_game(leader_gradient=method)
     expected, first_order = gradient(game, method, **options), gradient(game, "first-order")
     assert distance(first_order, expected) > 0.001
     before = [p.detach().clone() for p in leader.parameters()]
-    sprig.stackelberg_step(leader, follower, torch.optim.SGD([*leader.parameters()], lr=1.0), batch, args)
-    assert distance([a - b for a, b in zip(before, leader.parameters())], expected) < 1e-6
+    sprig.stackelberg_step(leader, follower, torch.optim.SGD(leader.parameters(), lr=1.0), batch, args)
+    assert distance([a - b for a, b in zip(before, leader.parameters())], expected) < 1e-9
