@@ -189,8 +189,7 @@ def test_conjugate_gradients_stop_on_negative_curvature():
 
 
 def test_conjugate_gradients_stop_at_their_tolerance():
-    matrix, v = torch.diag(torch.logspace(0, 2, 30, dtype=torch.float64)), torch.ones(30, dtype=torch.float64)
-    products = []
+    matrix, v, products = torch.logspace(0, 2, 30).double().diag(), torch.ones(30).double(), []
 
     def residual(iterations, tolerance, v=v):
         products.clear()
