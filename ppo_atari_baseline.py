@@ -479,6 +479,7 @@ def load_agent(run_dir: Path | str, device: str = "cpu") -> tuple[Args, Leader, 
 
 
 # ==== Main ========================================================================================
+PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "MinAtar", "mujoco", "dm_control", "box2d")  # a record's versions
 # What may differ when a run is resumed or evaluated: how long it is, and where it runs.
 MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_greedy", "track", "resume", "evaluate"}
 
@@ -535,7 +536,7 @@ def start_run(args: Args) -> Path:
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
     run_dir.mkdir(parents=True, exist_ok=True)
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "ale-py")}
+    versions = {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
     versions |= {"python": sys.version.split()[0], "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     record = {"script": Path(__file__).name, "arguments": asdict(args) | {"resume": None}, "versions": versions}
     write(run_dir / "args.json", record | {"protocol": env_protocol(args)})
@@ -551,6 +552,8 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     progress = {"step": 0, "seconds": 0.0, "started": time.time()}
     if args.resume is not None:  # before args.json is written anew
         progress = load(Path(args.resume) / "checkpoint.pt", parts)
+        if progress["step"] > args.total_timesteps:
+            fail(f"--total-timesteps {args.total_timesteps}: {args.resume} has taken {progress['step']} steps already")
     run_dir = start_run(args)
     if args.resume is None:
         write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
