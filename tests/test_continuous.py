@@ -261,6 +261,7 @@ def test_statistics_and_returns_over_rollouts(script, switches, scaled):
         expected = expected + 0.8 * next_values.numpy() * ~terminations[part]
         np.testing.assert_allclose(batch.returns.view(64, 2), expected, atol=2e-4, rtol=2e-4)
         before.observe(batch.obs)
+    assert leader.normaliser(torch.full((1, entries.shape[1]), 1e6)).max() == (10 if scaled else 1e6)
 
 
 # ==== Entries as tokens ===========================================================================

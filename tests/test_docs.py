@@ -21,7 +21,7 @@ def test_documents_name_only_what_exists(document):
     text = (ROOT / document).read_text()
     code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")])
     flags = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", code, re.M)}
-    flags |= {"--help", "--logdir"}  # others'
+    flags |= {"--help", "--logdir", "--dist", "--array"}  # others'
     unknown = [name for name in re.findall(r"`(\w+)`", text) if not re.search(rf"\b{name}\b", code)]
     unknown += [f for f in re.findall(r"(?<!\S)`?(--[a-z][a-z-]+)", text) if not {f, f.replace("--no-", "--")} & flags]
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
