@@ -1,277 +1,213 @@
-"""SPRIG's game: who moves, along which gradient, and what attention costs."""
+"""SPRIG's game: who moves, by which loss, and what attention costs."""
 
-import dataclasses
-import math
-import os
-import shutil
-import sysconfig
-from pathlib import Path
+import copy
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, TWINS, build, last_gradients, plain_attention, random_batch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 
-import ppo_atari_baseline as ppo
 import sprig_atari as sprig
+import sprig_continuous
+
+BOTH = pytest.mark.parametrize("script", [sprig, sprig_continuous], ids=lambda script: script.__name__)
+
+
+def build(script, args, size=10, num_actions=6):
+    """Leader and follower on square frames; 10x10 makes the small convolutions, 84x84 the Nature CNN's."""
+    leader = script.Leader(gym.spaces.Box(0, 255, (4, size, size), np.uint8), args)
+    for block in getattr(leader, "blocks", ()):
+        if getattr(block, "gate", None) is not None:
+            torch.nn.init.constant_(block.gate, 0.5)  # at its first value, 0, attention would not matter
+    follower = script.Follower(leader.num_features, gym.spaces.Discrete(num_actions))
+    torch.nn.init.orthogonal_(follower.actor.weight)  # at its first size, 0.01, little of the policy reaches the leader
+    return leader, follower
+
+
+def in_double(leader, follower, batch):
+    """In which a sum's order does not show."""
+    columns = (x.double() if x.is_floating_point() or x.dtype == torch.uint8 else x for x in batch)
+    return leader.double(), follower.double(), batch._replace(**dict(zip(batch._fields, columns)))
+
+
+def adam(script, leader, follower, args, **options):
+    factor = getattr(args, "leader_rate_factor", 1.0)
+    groups = [{"params": leader.parameters(), "lr": factor * args.learning_rate}, {"params": follower.parameters()}]
+    return torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, **{"fused": True, **options})
+
+
+def random_batch(script, leader, follower, size=16, frame=10):
+    """Noise frames with actions of the current policy, from which the ratios are a little away."""
+    obs = torch.randint(0, 256, (size, 4, frame, frame), dtype=torch.uint8)
+    with torch.no_grad():
+        logits, values = follower(leader(obs))
+    policy = script.action_distribution(logits)
+    actions = policy.sample()
+    logprobs = policy.log_prob(actions) + 0.2 * torch.randn(size)
+    return script.Batch(obs, actions, logprobs, values, torch.randn(size), values + torch.randn(size))
 
 
 def clones(*modules):
     return [[p.detach().clone() for p in module.parameters()] for module in modules]
 
 
-def flat(*modules):
-    return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()])
+# ==== Moves =======================================================================================
+def move_by_hand(leader, follower, optimizer, batch, args):
+    """Each --update written out from its definition; only the losses are the script's."""
+    theta, phi = list(leader.parameters()), list(follower.parameters())
+
+    def ppo_loss(features, let_value_through=True):
+        logits, values = follower(features)
+        return sprig.follower_loss(logits, values if let_value_through else values.detach(), batch, args)[0]
+
+    def own_loss():
+        features, attention = leader(batch.obs, num_rows=0)
+        cost = sprig.perception_cost(attention, args.perception_cost)
+        return sprig.leader_loss(*follower(features), cost, batch, args)[0]
+
+    if args.update in ("stackelberg", "simultaneous"):
+        own_loss().backward(inputs=theta)
+    else:
+        ppo_loss(leader(batch.obs), args.update == "joint").backward(inputs=theta)
+    if args.update == "stackelberg":
+        clip_grad_norm_(theta, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    ppo_loss(leader(batch.obs).detach()).backward(inputs=phi)
+    for norm_of in [theta + phi] if args.update in ("joint", "stopped") else [theta, phi]:
+        clip_grad_norm_(norm_of, args.max_grad_norm)
+    optimizer.step()
 
 
-def same(parameters, others):
-    return all(torch.equal(a, b) for a, b in zip(parameters, others))
+RUNGS = ["joint", "stopped", "separate", "simultaneous", "stackelberg"]
+SETTINGS = [
+    *({"update": update} for update in RUNGS),
+    *({"update": update, "max_grad_norm": 1e9} for update in RUNGS),
+    *({"update": update, "leader_value_coef": 0.5, "max_grad_norm": 1e9} for update in RUNGS[3:]),
+    {"leader_objective": "log-prob", "max_grad_norm": 1e9},
+    {"cooperation_weight": 0.1, "perception_cost_weight": 5.0, "perception_cost": "concentration"},
+    {"attention": "none"},
+    {"paper_literal": True},
+]
 
 
-# -- Moves -----------------------------------------------------------------------------------------
-def test_each_player_moves_its_own_parameters_only(monkeypatch):
-    args = sprig.Args()
-    leader, follower, *optimizers = build(sprig, args)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_step_is_what_its_update_means(settings):
+    """With plain descent, which shows gradients as they are, and where a small norm clip binds, its effect."""
+    args = sprig.Args(**{"cost_rows": 0, "max_grad_norm": 0.05, "perception_cost_weight": 0.5, **settings})
+    leader, follower = build(sprig, args)
+    leader, follower, batch = in_double(leader, follower, random_batch(sprig, leader, follower))
+    start, ends = clones(leader, follower), []
+    for step in (sprig.stackelberg_step, move_by_hand):
+        players = copy.deepcopy((leader, follower))
+        step(*players, torch.optim.SGD([p for player in players for p in player.parameters()], lr=0.5), batch, args)
+        ends.append(clones(*players))
+    for before, one, other in zip(start, *ends):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+        assert max((a - b).abs().max() for a, b in zip(one, before)) > 1e-6, "nothing was moved"
+
+
+@pytest.mark.parametrize("method", ["first-order", "unrolled", "implicit"])
+def test_frozen_parameters_stay_and_fused_adam_reads_each_gradient_in_its_own_layout(method):
+    """Those of channels-last convolutions, assigned by hand, it would silently misread."""
+    args, ends = sprig.Args(leader_gradient=method, cost_rows=0, max_grad_norm=1e3), []
+    leader, follower = build(sprig, args)
+    for frozen in (leader.convs[1].weight, follower.hidden.bias):
+        frozen.requires_grad_(False)
     batch = random_batch(sprig, leader, follower)
-    states = [clones(leader, follower)]
-    real = sprig.descend
-
-    def spy(*inputs, **player):
-        norm = real(*inputs, **player)
-        states.append(clones(leader, follower))
-        return norm
-
-    monkeypatch.setattr(sprig, "descend", spy)
-    sprig.stackelberg_step(leader, follower, *optimizers, batch, args)
-    before, after_leader, after_follower = states
-    assert not same(before[0], after_leader[0]) and same(before[1], after_leader[1])
-    assert same(after_leader[0], after_follower[0]) and not same(after_leader[1], after_follower[1])
+    for fused in (True, False):
+        players = copy.deepcopy((leader, follower))
+        sprig.stackelberg_step(*players, adam(sprig, *players, args, fused=fused), batch, args)
+        ends.append(clones(players[0])[0])
+        for player, before in zip(players, (leader, follower)):
+            for p, old in zip(player.parameters(), before.parameters()):
+                assert torch.equal(p, old) != p.requires_grad
+    torch.testing.assert_close(*ends, atol=1e-5, rtol=0)  # the step is ± 1e-4
 
 
-def test_follower_answers_the_features_from_after_the_leaders_move():
-    args = sprig.Args(max_grad_norm=1e9)
-    leader, follower, *optimizers = build(sprig, args)
-    batch = random_batch(sprig, leader, follower)
-    phi = clones(follower)[0]
-    sprig.stackelberg_step(leader, follower, *optimizers, batch, args)
-    taken = last_gradients(optimizers[1], follower)
-    with torch.no_grad():  # put the follower back: the leader has moved
-        for p, old in zip(follower.parameters(), phi):
-            p.copy_(old)
-        features = leader(batch.obs)
-    loss, _ = sprig.follower_loss(*follower(features), batch, args)
-    for got, expected in zip(taken, torch.autograd.grad(loss, list(follower.parameters()))):
-        torch.testing.assert_close(got, expected)
+def test_update_stops_at_a_large_kl_between_epochs_and_at_what_is_not_finite(script):
+    args = script.Args(minibatch_size=8, update_epochs=50, learning_rate=1e-3, target_kl=0.05)
+    leader, follower = build(script, args)
+    batch, optimizer = random_batch(script, leader, follower), adam(script, leader, follower, args)
+    info = script.update(leader, follower, optimizer, batch, args)
+    steps = {int(state["step"]) for state in optimizer.state.values()}
+    assert max(steps) < 100 and max(steps) % 2 == 0 and all(np.isfinite(list(info.values())))
+    broken = batch._replace(advantages=batch.advantages.index_fill(0, torch.tensor([3]), torch.nan))
+    with pytest.raises(FloatingPointError, match="is not finite"):  # which clipping the norm lets pass
+        script.update(leader, follower, optimizer, broken, args)
 
 
-# -- Between PPO and the game -----------------------------------------------------------------------
-def moved_by(update, changes=None, **settings):
-    """Parameters of leader and follower after one step of --update from a common start."""
-    args = sprig.Args(**{"update": update, "learning_rate": 1e-3, "max_grad_norm": 1e9, **settings})
-    torch.manual_seed(1)
-    leader, follower, *optimizers = build(sprig, args)
-    for block in leader.blocks:  # at its first value, 0, attention would not matter
-        torch.nn.init.constant_(block.gate, 0.5)
-    batch = random_batch(sprig, leader, follower, 8)._replace(**(changes or {}))
-    start = clones(leader, follower)
-    step = {"stackelberg": sprig.stackelberg_step, "joint": sprig.joint_step}.get(update, sprig.simultaneous_step)
-    step(leader, follower, *optimizers, batch, args)
-    for old, new in zip(start, clones(leader, follower)):
-        assert not same(old, new), "nothing was moved"
-    return clones(leader, follower)
-
-
-def close(a, b):
-    return all(torch.allclose(x, y, rtol=0, atol=2e-5) for x, y in zip(sum(a, []), sum(b, [])))
-
-
-def test_each_rung_from_ppo_to_the_game_changes_one_thing():
-    for settings in ({}, {"max_grad_norm": 0.1}):  # joint -> stopped: the value error no longer reaches the leader
-        assert close(moved_by("joint", vf_coef=0, **settings), moved_by("stopped", vf_coef=0, **settings))
-        assert not close(moved_by("joint", **settings), moved_by("stopped", **settings))
-    one, other = moved_by("stopped"), moved_by("stopped", {"returns": torch.randn(8)})
-    assert same(one[0], other[0]) and not same(one[1], other[1])
-    # stopped -> separate: each its own norm clip
-    assert close(moved_by("stopped"), moved_by("separate"))
-    assert not close(moved_by("stopped", max_grad_norm=1e-4), moved_by("separate", max_grad_norm=1e-4))
-    # separate -> simultaneous: the leader's own loss, which has α, the cost and no entropy bonus
-    mine = {"cooperation_weight": 1.0, "ent_coef": 0.0}
-    assert close(moved_by("separate", **mine), moved_by("simultaneous", **mine))
-    assert not close(moved_by("separate"), moved_by("simultaneous", perception_cost_weight=10.0, cost_rows=0))
-    # simultaneous -> stackelberg: the leader moves alike, the follower answers what it then shows
-    one, other = moved_by("simultaneous", cost_rows=0), moved_by("stackelberg", cost_rows=0)
-    assert close(one[:1], other[:1]) and not close(one[1:], other[1:])
-
-
-# -- Losses against finite differences -------------------------------------------------------------
-class Tiny(torch.nn.Module):
-    def __init__(self, width_in, *widths_out):
-        super().__init__()
-        self.heads = torch.nn.ModuleList(torch.nn.Linear(width_in, w) for w in widths_out)
-
-    def forward(self, x):
-        outputs = [head(x) for head in self.heads]
-        return torch.tanh(outputs[0]) if len(outputs) == 1 else (outputs[0], outputs[1].squeeze(-1))
-
-
-def tiny_game(args):
-    """Small smooth players in float64, the rollout's policy a little away from the current one."""
-    torch.manual_seed(1)
-    leader, follower = Tiny(5, 6).double(), Tiny(6, 3, 1).double()
-    obs = torch.randn(16, 5, dtype=torch.float64)
-    actions = torch.randint(3, (16,))
-    logits, values = follower(leader(obs))
-    logprobs = sprig.action_distribution(logits).log_prob(actions).detach()
-    logprobs = logprobs + 0.05 * torch.randn_like(logprobs)
-    columns = (values.detach() + torch.randn(16), torch.randn(16), torch.randn(16))
-    batch = sprig.Batch(obs, actions, logprobs, *(x.double() for x in columns))
-
-    def attention(features):  # (16, 6, 6), depends on theta
-        return [(features.unsqueeze(2) * features.unsqueeze(1)).softmax(-1)]
-
-    def leader_loss_fn(theta, phi):
-        features = sprig.call_with(leader, theta, obs)
-        cost = sprig.perception_cost(attention(features), args.perception_cost)
-        return sprig.leader_loss(*sprig.call_with(follower, phi, features), cost, batch, args)[0]
-
-    def follower_loss_fn(theta, phi):
-        return sprig.follower_loss(*sprig.call_with(follower, phi, sprig.call_with(leader, theta, obs)), batch, args)[0]
-
-    return leader_loss_fn, follower_loss_fn, list(leader.parameters()), list(follower.parameters())
-
-
-def central_differences(function, parameters, step=1e-6):
-    gradients = [torch.zeros_like(p) for p in parameters]
-    for p, gradient in zip(parameters, gradients):
-        for i in range(p.numel()):
-            ends = []
-            for sign in (1, -1):
-                moved = [q.detach().clone() if q is p else q.detach() for q in parameters]
-                moved[[q is p for q in parameters].index(True)].view(-1)[i] += sign * step
-                ends.append(function(moved).item())
-            gradient.view(-1)[i] = (ends[0] - ends[1]) / (2 * step)
-    return gradients
-
-
-@pytest.mark.parametrize("objective", ["clipped", "log-prob"])
-@pytest.mark.parametrize("cost", ["entropy", "concentration"])
-def test_leader_gradient_equals_finite_differences(objective, cost):
-    args = sprig.Args(
-        leader_objective=objective, perception_cost=cost, perception_cost_weight=0.5, leader_value_coef=0.3
-    )
-    leader_loss_fn, follower_loss_fn, theta, phi = tiny_game(args)
-    got = sprig.leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, "first-order")
-    for a, b in zip(got, central_differences(lambda t: leader_loss_fn(t, phi), theta)):
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
-
-
+# ==== Losses ======================================================================================
 @pytest.mark.parametrize("clip_value_loss", [False, True])
-def test_follower_gradient_equals_finite_differences(clip_value_loss):
-    args = sprig.Args(clip_value_loss=clip_value_loss)
-    _, follower_loss_fn, theta, phi = tiny_game(args)
-    got = torch.autograd.grad(follower_loss_fn(theta, phi), phi)
-    for a, b in zip(got, central_differences(lambda f: follower_loss_fn(theta, f), phi)):
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+def test_losses_are_those_of_the_paper(script, clip_value_loss):
+    """Eq. 8 and lines 10, 14-17, number by number."""
+    settings = {"clip_coef": 0.1, "vf_coef": 0.7, "ent_coef": 0.3, "clip_value_loss": clip_value_loss}
+    rng, size = np.random.default_rng(0), 64
+    returns, values, old_values, advantages = rng.normal(size=(4, size))
+    logits, actions = rng.normal(size=(size, 5)), rng.integers(5, size=size)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    taken = p[np.arange(size), actions]
+    ratio = np.exp(rng.normal(0, 0.2, size))
+    clipped = np.minimum(ratio * advantages, np.clip(ratio, 0.9, 1.1) * advantages).mean()
+    error = (values - returns) ** 2
+    if clip_value_loss:  # the larger of two errors, as OpenAI's baselines have it
+        error = np.maximum(error, (old_values + np.clip(values - old_values, -0.1, 0.1) - returns) ** 2)
+    entropy = -(p * np.log(p)).sum(1).mean()
+    columns = (actions, np.log(taken / ratio), old_values, advantages, returns)
+    batch = script.Batch(None, *(torch.from_numpy(x) for x in columns))
+    logits, tensors = torch.from_numpy(logits), torch.from_numpy(values)
+    loss, info = script.follower_loss(logits, tensors, batch, script.Args(**settings))
+    assert loss.item() == pytest.approx(-clipped + 0.7 * error.mean() - 0.3 * entropy, rel=1e-6)  # line 17
+    assert info["losses/clipfrac"].item() == pytest.approx((abs(ratio - 1) > 0.1).mean())
+    assert info["losses/approx_kl"].item() == pytest.approx((ratio - 1 - np.log(ratio)).mean())
+    if not hasattr(script, "leader_loss"):
+        return
+    cost = torch.from_numpy(rng.random(size))
+    for objective, gain in (("clipped", clipped), ("log-prob", (np.log(taken) * advantages).mean())):
+        utility = 0.8 * gain - 0.2 * 0.3 * cost.mean().item()  # Eq. 8, 9
+        game = {"cooperation_weight": 0.8, "perception_cost_weight": 0.3, "leader_objective": objective}
+        for coef in (0.0, 0.4):
+            args = script.Args(**settings, **game, leader_value_coef=coef)
+            loss, info = script.leader_loss(logits, tensors, cost, batch, args)
+            assert info["leader/utility"].item() == pytest.approx(utility, rel=1e-6)
+            assert loss.item() == pytest.approx(-utility + coef * ((values - returns) ** 2).mean(), rel=1e-6)
 
 
-def test_a_clipped_value_counts_where_its_error_is_the_larger(script):
-    """Known numbers: values move from 1 to 1.5, 0.5 and 1.1 where the return is 0; by 0.1 at most they move to 1.1, 0.9
-    and 1.1 (CleanRL's and OpenAI baselines' rule; stable-baselines3's leaves out the larger).
-    """
-    args = script.Args(clip_value_loss=True, clip_coef=0.1, vf_coef=0.25, ent_coef=0.0)
-    values, old, zeros = torch.tensor([1.5, 0.5, 1.1]), torch.ones(3), torch.zeros(3)
-    batch = script.Batch(zeros, zeros.long(), torch.full((3,), -math.log(2)), old, zeros, zeros)
-    loss, info = script.follower_loss(torch.zeros(3, 2), values, batch, args)
-    expected = (1.5**2 + 0.9**2 + 1.1**2) / 3
-    torch.testing.assert_close(info["losses/value_loss"], torch.tensor(expected))
-    torch.testing.assert_close(loss, torch.tensor(0.25 * expected))
+def test_the_paper_as_printed_is_one_flag_and_no_contradiction():
+    args = sprig.Args(paper_literal=True)
+    assert args.cooperation_weight == 0.3 and args.perception_cost == "l1" and args.attention == "figure4"
+    assert args.leader_objective == "log-prob" and args.update == "stackelberg" and args.feature_scale == 1
+    with pytest.raises(ValueError, match="--paper-literal sets --attention figure4"):
+        sprig.Args(paper_literal=True, attention="none")
 
 
-def test_leader_gradient_refuses_an_unknown_method():
-    with pytest.raises(ValueError, match="unknown leader gradient"):
-        sprig.leader_gradient(None, None, [], [], "second-order")
+# ==== Perception cost =============================================================================
+COSTS = {"entropy": (1, 0, 0), "concentration": (0, 1, 0), "l1": (1, 1, 1)}
 
 
-def test_objectives_have_one_gradient_where_the_ratio_is_one():
-    logits = torch.randn(64, 5, dtype=torch.float64, requires_grad=True)
-    actions, advantages = torch.randint(5, (64,)), torch.randn(64, dtype=torch.float64)
-    logprobs = sprig.action_distribution(logits).log_prob(actions)
-    old = logprobs.detach()
-    objectives = (
-        (logprobs * advantages).mean(),
-        ((logprobs - old).exp() * advantages).mean(),
-        sprig.policy_objective(logprobs - old, advantages, 0.2).mean(),
-    )
-    first, *others = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in objectives)
-    for other in others:
-        torch.testing.assert_close(first, other)
-
-
-def test_clipped_objective_stops_where_the_ratio_has_moved_far_enough():
-    log_ratio = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True)
-    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])
-    sprig.policy_objective(log_ratio, advantages, 0.2).sum().backward()
-    assert log_ratio.grad[:2].tolist() == [0, 0] and (log_ratio.grad[2:] != 0).all()
-
-
-def test_cooperation_weight_lies_on_the_return():
-    batch = sprig.Batch(None, torch.tensor([0]), torch.zeros(1), torch.zeros(1), torch.ones(1), torch.zeros(1))
-    logits, values, cost = torch.zeros(1, 1), torch.zeros(1), torch.full((1,), 0.5)  # ratio 1, advantage 1
-    args = sprig.Args(cooperation_weight=0.7, perception_cost_weight=0.1)
-    loss, info = sprig.leader_loss(logits, values, cost, batch, args)
-    assert info["leader/utility"].item() == pytest.approx(0.7 * 1.0 - 0.3 * 0.1 * 0.5)  # Eq. (8)
-    assert loss.item() == pytest.approx(-info["leader/utility"].item())
-
-
-# -- Perception cost -------------------------------------------------------------------------------
-def uniform(n):
-    return torch.full((2, n, n), 1 / n)
-
-
-def one_hot(n):  # every query looks at location 0
-    weights = torch.zeros(2, n, n)
-    weights[:, :, 0] = 1
-    return weights
-
-
-def permutation(n):  # every query looks at a location of its own
-    return torch.eye(n)[torch.randperm(n)].expand(2, n, n)
-
-
-@pytest.mark.parametrize(
-    ("kind", "make", "expected"),
-    [
-        ("entropy", uniform, 1), ("entropy", one_hot, 0), ("entropy", permutation, 0),
-        ("concentration", uniform, 0), ("concentration", one_hot, 1), ("concentration", permutation, 0),
-        ("l1", uniform, 1), ("l1", one_hot, 1), ("l1", permutation, 1),
-    ],
-)  # fmt: skip
-def test_known_costs(kind, make, expected):
-    cost = sprig.perception_cost([make(n) for n in (400, 81, 49)], kind)
-    assert cost.shape == (2,)
-    torch.testing.assert_close(cost, torch.full((2,), float(expected)), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["entropy", "concentration", "l1"])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
-def test_costs_lie_between_0_and_1_and_only_l1_has_no_gradient(kind, scale):
-    scores = (scale * torch.randn(4, 49, 49)).requires_grad_()
-    cost = sprig.perception_cost([scores.softmax(-1)], kind)
-    assert (cost >= 0).all() and (cost <= 1).all()
-    (gradient,) = torch.autograd.grad(cost.sum(), scores)
-    assert gradient.isfinite().all()
-    if kind == "l1":
-        assert (gradient == 0).all()
-    elif scale == 1.0:
-        assert gradient.abs().max() > 1e-6
+@pytest.mark.parametrize("kind", COSTS)
+def test_costs_are_known_and_lie_between_0_and_1_and_only_l1_has_no_gradient(kind):
+    """Known: all rows uniform, all look at location 0, each looks at a location of its own."""
+    known = [(torch.full((n, n), 1 / n), F.one_hot(torch.zeros(n).long(), n), torch.eye(n)) for n in (400, 81, 49)]
+    for attention, expected in zip(zip(*known), COSTS[kind]):
+        cost = sprig.perception_cost([x.float().expand(2, -1, -1) for x in attention], kind)
+        torch.testing.assert_close(cost, torch.full((2,), float(expected)), atol=1e-5, rtol=0)
+    assert sprig.perception_cost([], kind) == 0
+    for scale in (0.0, 1.0, 30.0):
+        scores = (scale * torch.randn(4, 49, 49)).requires_grad_()
+        cost = sprig.perception_cost([scores.softmax(-1)], kind)
+        assert (cost >= 0).all() and (cost <= 1).all()
+        (gradient,) = torch.autograd.grad(cost.sum(), scores)
+        assert gradient.isfinite().all() and (kind != "l1" or not gradient.any())
+        assert scale != 1 or (gradient.abs().max() > 1e-6) == (kind != "l1")
 
 
 def test_entropy_of_sampled_rows_is_unbiased():
-    torch.manual_seed(2)
     block = sprig.AttentionBlock(32, gated=True)
     torch.nn.init.normal_(block.project.weight, std=1.0)  # rows that differ in entropy
-    x = torch.randn(2, 400, 32)
+    x = torch.randn(2, 100, 32)
     with torch.no_grad():
         exact = sprig.perception_cost([block(x, num_rows=0)[1]], "entropy")
         draws = torch.stack([sprig.perception_cost([block(x, num_rows=24)[1]], "entropy") for _ in range(400)])
@@ -280,299 +216,93 @@ def test_entropy_of_sampled_rows_is_unbiased():
     assert ((draws.mean(0) - exact).abs() < 4 * error).all()
 
 
-def test_sampled_rows_are_refused_for_concentration():
+def test_what_a_cost_cannot_be_computed_from_is_refused_or_not_drawn():
+    args = sprig.Args(perception_cost="concentration", cost_rows=3)
+    leader, follower = build(sprig, args)
+    obs = random_batch(sprig, leader, follower).obs
+    expected = sprig.perception_cost(leader(obs, num_rows=0)[1], "concentration")
+    torch.testing.assert_close(sprig.perceive(leader, obs, args)[1], expected)
     with pytest.raises(ValueError, match="all 49 query rows"):
         sprig.perception_cost([torch.full((1, 5, 49), 1 / 49)], "concentration")
-    with pytest.raises(ValueError, match="unknown perception cost"):
-        sprig.perception_cost([uniform(4)], "l2")
+    with pytest.raises(ValueError, match="unknown perception cost 'l2'"):
+        sprig.perception_cost([torch.eye(4)[None]], "l2")
 
 
-def test_concentration_trains_with_all_rows():
-    args = sprig.Args(perception_cost="concentration", perception_cost_weight=1.0)
-    leader, follower, *optimizers = build(sprig, args)
-    info = sprig.stackelberg_step(leader, follower, *optimizers, random_batch(sprig, leader, follower, 8), args)
-    assert 0 < info["leader/perception_cost"] < 1
-
-
-def test_perception_cost_in_reward_is_subtracted():
-    args = sprig.Args(num_envs=2, num_steps=3, perception_cost_weight=0.1, perception_cost_in_reward=True, cost_rows=0)
-    leader, *_ = build(sprig, args)
-    obs = torch.randint(0, 256, (3, 2, 4, 84, 84), dtype=torch.uint8)
-    rollout = sprig.Rollout(obs, *(torch.ones(3, 2) for _ in range(7)))
-    rewards = sprig.learner_rewards(rollout, leader, args)
-    cost = sprig.perception_cost(leader(obs.flatten(0, 1), num_rows=0)[1], "entropy").view(3, 2)
-    torch.testing.assert_close(rewards, 1 - 0.1 * cost)
-
-
-# -- Attention -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("name", "n", "channels", "width", "samples", "scale"),
-    [
-        ("sprig_atari", 400, 32, 4, 11, 1),
-        ("sprig_atari", 400, 32, 4, 11, 30),
-        ("sprig_atari", 81, 64, 8, 3, 1),
-        ("sprig_atari", 49, 64, 8, 3, 1),
-        ("sprig_continuous", 17, 16, 4, 5, 1),
-        ("sprig_continuous", 120, 16, 4, 5, 1),
-        ("sprig_continuous", 348, 16, 4, 5, 30),
-    ],
-)
-def test_fused_and_plain_attention_agree(name, n, channels, width, samples, scale):
-    """In whole tiles and the rest of one, and with scores whose exponentials would overflow."""
-    script = (TWINS | CONTINUOUS)[name]
-    query, key, value = (torch.randn(samples, n, size, requires_grad=True) for size in (width, width, channels))
-    grad = torch.randn(samples, n, channels)
-    outputs = [attend(scale * query, key, value) for attend in (script.attend, plain_attention)]
-    tolerance = dict.fromkeys(("atol", "rtol"), 1e-5 * scale)  # the larger a score, the coarser its exponential
-    torch.testing.assert_close(*outputs, **tolerance)
-    for a, b in zip(*(torch.autograd.grad(output, (query, key, value), grad) for output in outputs)):
-        torch.testing.assert_close(a, b, **tolerance)
-
-
-def test_attention_is_what_pytorch_computes():
-    query, key, value = (torch.randn(3, 400, width) for width in (4, 4, 32))
-    reference = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    torch.testing.assert_close(sprig.attend(query, key, value), reference, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
-def test_the_products_precision_is_the_one_asked_for(script, vendor, monkeypatch):
-    monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id : {vendor}")
-    for precision in ("highest", "high", "medium"):
-        script.set_matmul_precision(precision)
-        by_onednn = precision == "high" and vendor == "AuthenticAMD"
-        assert torch.get_float32_matmul_precision() == ("medium" if by_onednn else precision)
-        assert torch.backends.cudnn.allow_tf32 == (precision != "highest")
-
-
-def moved_by_ten_updates(script, gate=0.0, precision="highest"):
-    """What ten steps on one minibatch add to all parameters, from the same seeds every time."""
-    torch.manual_seed(0)
-    args = script.Args(minibatch_size=20)
-    leader, follower, *optimizers = build(script, args)
-    if gate:
-        for block in leader.blocks:
-            torch.nn.init.constant_(block.gate, gate)
-    start = flat(leader, follower)
-    batch = random_batch(script, leader, follower, 20)
-    script.set_matmul_precision(precision)
-    step = sprig.stackelberg_step if script is sprig else ppo.joint_step
-    torch.manual_seed(1)
-    for _ in range(10):
-        step(leader, follower, *optimizers, batch, args)
-    return flat(leader, follower) - start
-
-
-def test_default_products_leave_the_same_parameters_after_ten_updates(script):
-    """Whichever library computes them. Where there is no AMX, "medium" is float32 by oneDNN, the default on AMD."""
-    cpuinfo = Path("/proc/cpuinfo")
-    amx = not cpuinfo.exists() or "amx" in cpuinfo.read_text()
-    precisions = ("highest", script.Args().matmul_precision if amx else "medium")
-    moved = [moved_by_ten_updates(script, precision=precision) for precision in precisions]
-    assert moved[0].abs().max() > 1e-4
-    torch.testing.assert_close(*moved, atol=1e-5, rtol=0)
-
-
-def test_tiled_and_plain_attention_leave_the_same_parameters_after_ten_updates(monkeypatch):
-    moved = []
-    for attend in (sprig.attend, plain_attention):
-        monkeypatch.setattr(sprig, "attend", attend)
-        moved.append(moved_by_ten_updates(sprig, gate=0.5))  # at 0 attention would not show
-    assert moved[0].abs().max() > 1e-4
-    torch.testing.assert_close(*moved, atol=1e-5, rtol=0)
-
-
-def test_an_encoder_in_bfloat16_differs_by_its_rounding_alone(script):
-    """Also what it leaves: features and gradients in float32, with every method of the leader's gradient."""
-    features, gradients = [], []
-    for precision in ("highest", "bfloat16"):
-        torch.manual_seed(0)
-        args = script.Args(minibatch_size=8, matmul_precision=precision)
-        leader, follower, *optimizers = build(script, args)
-        if script is sprig:
-            for block in leader.blocks:
-                torch.nn.init.constant_(block.gate, 0.5)
-        batch = random_batch(script, leader, follower, 8)
-        features.append(leader(batch.obs))
-        logits, values = follower(features[-1])
-        loss = (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum() + values.sum()
-        gradients.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(leader.parameters()))]))
-        if script is sprig and precision == "bfloat16":
-            assert all(rows.dtype == torch.float32 for rows in leader(batch.obs, 24)[1])
-            assert leader.pictures(batch.obs)["leader/attention_received"].dtype == np.uint8
-            for method in ("first-order", "unrolled", "implicit"):
-                info = sprig.stackelberg_step(
-                    leader, follower, *optimizers, batch, dataclasses.replace(args, leader_gradient=method)
-                )
-                assert all(value.isfinite() for value in info.values())
-    assert features[1].dtype == gradients[1].dtype == torch.float32
-    error = (features[1] - features[0]).norm() / features[0].norm()
-    assert 1e-4 < error < 0.02  # half a unit in the last of 8 bits is 0.002
-    assert torch.cosine_similarity(*gradients, 0) > 0.99
-
-
-COMPILER = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
-
-
-@pytest.mark.skipif(not COMPILER, reason="needs g++ and Python's headers")
-@pytest.mark.parametrize("name", CONTINUOUS)
-def test_compiled_and_plain_steps_leave_the_same_parameters_after_ten_updates(name):
-    """The policy in a rollout and the whole of `update`; on vectors, which compile in a fraction of Atari's time."""
-    script = CONTINUOUS[name]
-    script.prepare_compiler(torch.device("cpu"))
-    flags = {"env_id": "Pendulum-v1", "num_steps": 16, "minibatch_size": 8, "update_epochs": 5, "target_kl": None}
-    flags |= {"cost_rows": 2} if name.startswith("sprig") else {}  # fewer rows than entries: they are drawn
-    results, plain = [], None
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        args = script.Args(**flags, compile=compiled)
-        envs = script.make_envs(args)
-        leader = script.Leader(envs.single_observation_space, args)
-        follower = script.Follower(leader.num_features, envs.single_action_space)
-        optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
-        for optimizer in optimizers:  # Adam's own 1e-5 makes steps out of the rounding of gradients that are nearly 0
-            optimizer.param_groups[0]["eps"] = 1e-3
-        rollout = script.allocate_rollout(args, envs, torch.device("cpu"))
-        obs, _ = envs.reset(seed=1)
-        script.collect_rollout(envs, obs, leader, follower, rollout, compiled)
+@BOTH
+def test_perception_cost_in_reward_is_subtracted(script):
+    """With γ = 0 returns are the learner's rewards: R - λ_c·C_θ(s), Eq. (13)."""
+    env_id = {"env_id": "MinAtar/Breakout-v1"} if script is sprig else {"env_id": "CartPole-v1"}
+    settings = {"num_envs": 2, "num_steps": 16, "minibatch_size": 32, "gamma": 0.0, "norm_adv": "none", "cost_rows": 0}
+    batches = []
+    for paid in (False, True):
+        args = script.Args(**env_id, **settings, perception_cost_weight=0.1, perception_cost_in_reward=paid)
+        leader, follower = script.make_agent(args, "cpu")
+        envs, obs = script.begin_games(args, 0, 0)
+        batches.append(script.collect_rollout(envs, obs, leader, follower, args)[0])
         envs.close()
-        plain = plain or rollout
-        columns = (plain.obs, plain.actions, plain.logprobs, plain.values, torch.ones(16, 1), torch.zeros(16, 1))
-        batch = script.Batch(*(x.flatten(0, 1) for x in columns))
-        start = flat(leader, follower)
-        script.update(leader, follower, *optimizers, batch, args)
-        results.append((*rollout, flat(leader, follower) - start))
-    assert results[0][-1].abs().max() > 1e-4
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    free, paid = batches
+    assert torch.equal(free.actions, paid.actions)
+    cost = script.perception_cost(leader(paid.obs, num_rows=0)[1], "entropy")
+    assert cost.std() > 0
+    torch.testing.assert_close(free.returns - paid.returns, 0.1 * cost.detach(), atol=1e-6, rtol=1e-4)
 
 
-def beamrider_frames():
-    envs = sprig.make_envs(sprig.Args(num_envs=4))
-    obs, _ = envs.reset(seed=1)
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        obs, *_ = envs.step(rng.integers(9, size=4))
-    envs.close()
-    return torch.from_numpy(obs)
-
-
-def spatial_std(args):
-    leader, *_ = build(sprig, args)
-    with torch.no_grad():
-        return leader(beamrider_frames()).view(4, 64, 49).std(-1).mean().item()
-
-
-def test_features_know_where_things_are_unless_read_literally():
-    assert spatial_std(sprig.Args(feature_scale=1.0)) > 0.1
-    assert spatial_std(sprig.check_args(sprig.Args(paper_literal=True))) < 0.01
-
-
-def test_features_at_unit_scale_are_five_to_nine_times_the_nature_cnns():
-    """Before training, in L1. The default scale makes them alike."""
-    frames, ratios = beamrider_frames(), []
-    for seed in range(8):
-        sums = []
-        for script, scale in ((sprig, {"feature_scale": 1.0}), (ppo, {})):
-            torch.manual_seed(seed)
-            leader, *_ = build(script, script.Args(**scale))
-            with torch.no_grad():
-                sums.append(leader(frames).abs().sum(1).mean().item())
-        ratios.append(sums[0] / sums[1])
-    assert 5 < min(ratios) and max(ratios) < 9
-    assert sprig.Args.feature_scale * np.mean(ratios) == pytest.approx(1, abs=0.15)
-
-
+# ==== Attention ===================================================================================
+@pytest.mark.parametrize(("size", "locations"), [(84, (400, 81, 49)), (10, (64, 36, 16)), (126, (900, 196, 144))])
 @pytest.mark.parametrize("attention", ["gated", "figure4", "none"])
-def test_every_kind_of_attention_steps(attention):
-    args = sprig.Args(attention=attention)
-    leader, follower, *optimizers = build(sprig, args)
-    batch = random_batch(sprig, leader, follower, 8)
-    features, maps = leader(batch.obs, num_rows=0)
-    assert features.shape == (8, 3136)
-    assert [tuple(m.shape) for m in maps] == ([] if attention == "none" else [(8, n, n) for n in (400, 81, 49)])
+def test_every_kind_of_attention_on_every_size_of_frame(attention, size, locations):
+    leader, _ = build(sprig, sprig.Args(attention=attention), size)
+    obs = torch.randint(256, (2, 4, size, size), dtype=torch.uint8)
+    features, maps = leader(obs, num_rows=0)
+    assert features.shape == (2, leader.num_features) == (2, locations[-1] * (32 if size == 10 else 64))
+    torch.testing.assert_close(leader(obs.float()), features)  # frames of a fork's environment
+    assert [tuple(m.shape) for m in maps] == ([] if attention == "none" else [(2, n, n) for n in locations])
     for weights in maps:
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
-    info = sprig.update(leader, follower, *optimizers, batch, dataclasses.replace(args, minibatch_size=4))
-    assert all(np.isfinite(list(info.values())))
-    pictures = leader.pictures(batch.obs[:2])
-    assert bool(pictures) == (args.attention != "none")
-    for picture in pictures.values():
-        assert picture.dtype == np.uint8 and picture.shape[-1] == 3
+    info, picture = leader.look(obs)
+    assert picture.shape == (2 * size, size * (1 + len(maps))) and 0 <= picture.min() <= picture.max() <= 1
+    assert ("leader/gate_3" in info) == (attention == "gated")
+    assert ("leader/attention_entropy_3" in info) == (attention != "none")
+    if maps:  # the middle of each location's square shows what it receives; white is twice the uniform share
+        side = round(locations[-1] ** 0.5)
+        middle = ((torch.arange(side) + 0.5) * size / side).long()
+        received = (maps[-1].sum(1).view(2, side, side) / 2).clamp(0, 1)
+        torch.testing.assert_close(picture.view(2, size, -1, size)[:, middle, -1][..., middle], received)
 
 
-def test_frames_of_floats_are_read_and_left_as_they_are(script):
-    """Those of a fork's environment; the scripts' own are bytes."""
-    leader, follower, *_ = build(script, script.Args())
-    frames = random_batch(script, leader, follower, 2).obs
-    floats = frames.float()
-    torch.testing.assert_close(leader(floats), leader(frames))
-    assert torch.equal(floats, frames.float())
-
-
-def test_paper_literal_sets_every_literal_reading():
-    args = sprig.check_args(sprig.Args(paper_literal=True))
-    assert args.cooperation_weight == 0.3 and args.perception_cost == "l1" and args.attention == "figure4"
-    assert args.leader_objective == "log-prob" and args.leader_value_coef == 0 and args.update == "stackelberg"
-
-
-@pytest.mark.parametrize("script", [sprig, ppo])
-def test_encoders_take_frames_of_another_size(script):
-    leader = script.Leader(gym.spaces.Box(0, 255, (4, 126, 126), np.uint8), script.Args())
-    features = leader(torch.randint(256, (2, 4, 126, 126), dtype=torch.uint8))
-    assert features.shape == (2, 64 * 12 * 12) == (2, leader.num_features)
+@BOTH
+def test_a_block_is_scaled_dot_product_attention(script):
+    torch.manual_seed(1)
+    block, gated = script.AttentionBlock(32, gated=False), script.AttentionBlock(32, gated=True)
+    torch.nn.init.normal_(block.project.weight, std=0.3)
+    gated.load_state_dict(block.state_dict() | {"gate": torch.tensor(0.3)})
+    x = torch.randn(3, 36, 32)
+    with torch.no_grad():
+        (output, weights), (_, rows) = block(x, num_rows=0), block(x, num_rows=7)
+        reference = F.scaled_dot_product_attention(*block.project(x).split(block.widths, -1))
+        torch.testing.assert_close(output, reference, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(gated(x)[0], x + 0.3 * output)
+    drawn = (rows[0][:, None] - weights[0]).abs().sum(-1).argmin(1)  # which rows they are; the same for the whole batch
+    assert len(drawn.unique()) == 7
+    torch.testing.assert_close(rows, weights[:, drawn])
 
 
 def test_gates_start_at_zero_and_attention_then_changes_nothing():
-    gated, _, *_ = build(sprig, sprig.Args(attention="gated"))
-    plain, _, *_ = build(sprig, sprig.Args(attention="none"))
+    space = gym.spaces.Box(0, 255, (4, 10, 10), np.uint8)
+    gated, plain = (sprig.Leader(space, sprig.Args(attention=kind)) for kind in ("gated", "none"))
     plain.load_state_dict({k: v for k, v in gated.state_dict().items() if not k.startswith("blocks")})
-    obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    obs = torch.randint(0, 256, (2, 4, 10, 10), dtype=torch.uint8)
     assert torch.equal(gated(obs), plain(obs))
 
 
-@pytest.mark.parametrize("script", [sprig, CONTINUOUS["sprig_continuous"]], ids=lambda script: script.__name__)
-def test_a_price_of_ones_own_is_paid_whoever_moves_first_and_in_the_reward(script, monkeypatch):
-    """What README says: all that the leader pays for comes out of `perceive`."""
-    perceive = script.perceive
-    monkeypatch.setattr(script, "perceive", lambda *inputs: (lambda f, c: (f, c + 10))(*perceive(*inputs)))
-    for method in ("stackelberg", "simultaneous"):
-        env_id = {} if script is sprig else {"env_id": "CartPole-v1"}
-        args = script.Args(update=method, minibatch_size=8, num_steps=4, num_envs=2, **env_id)
-        args = dataclasses.replace(args, attention="none", perception_cost_in_reward=True)
-        envs = script.make_envs(args)
-        leader = script.Leader(envs.single_observation_space, args)
-        follower = script.Follower(leader.num_features, envs.single_action_space)
-        rollout = script.allocate_rollout(args, envs, torch.device("cpu"))
-        obs, _ = envs.reset(seed=1)
-        script.collect_rollout(envs, obs, leader, follower, rollout, False)
-        envs.close()
-        free = script.learner_rewards(rollout, leader, dataclasses.replace(args, perception_cost_in_reward=False))
-        rewards = script.learner_rewards(rollout, leader, args)
-        if script is sprig:  # on vectors the first call moves the normaliser
-            torch.testing.assert_close(free - rewards, torch.full((4, 2), 10 * args.perception_cost_weight))
-        assert rewards.shape == (4, 2)
-        columns = (rollout.obs, rollout.actions, rollout.logprobs, rollout.values, rewards, rewards)
-        batch = script.Batch(*(x.flatten(0, 1) for x in columns))
-        optimizers = [script.make_optimizer(player, args) for player in (leader, follower)]
-        info = script.update(leader, follower, *optimizers, batch, args)
-        assert info["leader/perception_cost"] == pytest.approx(10)
-
-
-def test_overlay_lands_where_the_attention_is():
-    """A one-hot map colours the pixels at the centre of that location's receptive field, no others."""
-    leader = sprig.Leader(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), sprig.Args(attention="none"))
-    for layer, (size, location) in enumerate([(20, (3, 17)), (9, (8, 1)), (7, (0, 5))]):
-        received = np.zeros(size * size)
-        received[location[0] * size + location[1]] = size * size
-        picture = sprig.attention_overlay(np.full((84, 84), 100, np.uint8), received, *leader.locations[layer])
-        coloured = np.argwhere(picture[..., 0] != picture[..., 1])
-        # what that location of the convolutional map really depends on, by its gradient
-        pixels = torch.zeros(1, 4, 84, 84, requires_grad=True)
-        x = pixels
-        for conv in leader.convs[: layer + 1]:
-            x = conv(x)
-        x[0, :, location[0], location[1]].sum().backward()
-        field = np.argwhere(pixels.grad[0].abs().sum(0).numpy() > 0)
-        np.testing.assert_allclose(coloured.mean(0), field.mean(0), atol=0.01)
-        assert coloured.min() >= field.min() and coloured.max() <= field.max()
+@torch.no_grad()
+def test_features_know_where_things_are_unless_read_literally():
+    """Row 4 of docs/paper.md: the spatial standard deviation of the final features, on frames of BeamRider."""
+    envs, _ = sprig.begin_games(sprig.Args(num_envs=4, threads=1), 0, 0)
+    for t in range(60):
+        obs, *_ = envs.step(np.arange(t, t + 4) % 9)
+    envs.close()
+    for args in (sprig.Args(feature_scale=1.0), sprig.Args(paper_literal=True)):
+        features = sprig.Leader(envs.single_observation_space, args)(torch.from_numpy(obs))
+        spread = features.view(4, 64, 49).std(-1).mean()
+        assert spread < 0.01 if args.paper_literal else spread > 0.1

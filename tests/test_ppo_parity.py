@@ -3,12 +3,11 @@
 import gymnasium as gym
 import numpy as np
 import torch
-from conftest import build
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-import ppo_atari_baseline as ppo
+import ppo_atari_baseline as atari
 import ppo_continuous_baseline as continuous
 
 
@@ -25,53 +24,34 @@ class Frames(gym.Env):
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
-def their_ppo(policy, envs, num_steps, learning_rate, args):
-    """stable-baselines3's PPO with the settings of `args`, which logs nowhere."""
-    reference = PPO(
-        policy,
-        DummyVecEnv(envs),
-        n_steps=num_steps,
-        batch_size=args.minibatch_size,
-        n_epochs=args.update_epochs,
-        learning_rate=learning_rate,
-        gamma=args.gamma,
-        gae_lambda=args.gae_lambda,
-        clip_range=args.clip_coef,
-        ent_coef=args.ent_coef,
-        vf_coef=args.vf_coef,
-        max_grad_norm=args.max_grad_norm,
-        device="cpu",
-    )
+class Vectors(Frames):
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+
+def one_update_of_each(script, args, env, policy, pairs_of, monkeypatch):
+    """Builds both agents with one set of weights, plays one rollout of noise with ends in it, and lets both learn."""
+    steps, envs = args.num_steps, args.num_envs
+    settings = {"n_steps": steps, "batch_size": args.minibatch_size, "n_epochs": args.update_epochs, "device": "cpu"}
+    same = {name: getattr(args, name) for name in ("learning_rate", "gamma", "gae_lambda", "ent_coef", "vf_coef")}
+    same |= {"clip_range": args.clip_coef, "max_grad_norm": args.max_grad_norm}
+    reference = PPO(policy, DummyVecEnv([env] * envs), **settings, **same)
     reference.set_logger(configure(None, []))
-    return reference
-
-
-def test_one_update_equals_stable_baselines3(monkeypatch):
-    steps, envs, batch_size, epochs, rate = 16, 4, 16, 3, 2.5e-4
-    args = ppo.Args(minibatch_size=batch_size, update_epochs=epochs, learning_rate=rate, norm_adv="minibatch")
-    leader, follower, *optimizers = build(ppo, args, num_actions=6)
-    reference = their_ppo("CnnPolicy", [Frames] * envs, steps, rate, args)
-    pairs = [
-        (reference.policy.features_extractor.cnn[0], leader.conv1),
-        (reference.policy.features_extractor.cnn[2], leader.conv2),
-        (reference.policy.features_extractor.cnn[4], leader.conv3),
-        (reference.policy.features_extractor.linear[0], follower.hidden),
-        (reference.policy.action_net, follower.actor),
-        (reference.policy.value_net, follower.critic),
-    ]
+    leader = script.Leader(env.observation_space, args)
+    follower = script.Follower(leader.num_features, env.action_space)
+    pairs = pairs_of(reference.policy, leader, follower)
     for theirs, ours in pairs:
         theirs.load_state_dict(ours.state_dict())
 
-    # One rollout of noise frames, acted on by the common policy, with ends in it.
-    obs = torch.randint(0, 256, (steps, envs, 4, 84, 84), dtype=torch.uint8)
+    env.observation_space.seed(0)
+    obs = torch.from_numpy(np.stack([env.observation_space.sample() for _ in range(steps * envs)]))
     with torch.no_grad():
-        logits, values = follower(leader(obs.flatten(0, 1)))
-        policy = ppo.action_distribution(logits)
-        actions = policy.sample()
-        logprobs = policy.log_prob(actions)
-    values, actions, logprobs = (x.view(steps, envs) for x in (values, actions, logprobs))
-    rewards, last_values = torch.randn(steps, envs), torch.randn(envs)
-    ends = (torch.rand(steps, envs) < 0.2).float()
+        logits, values = follower(leader(obs))
+        distribution = script.action_distribution(logits)
+        actions = distribution.sample()
+        logprobs = distribution.log_prob(actions)
+    obs, actions, logprobs, values = (x.unflatten(0, (steps, envs)) for x in (obs, actions, logprobs, values))
+    rewards, last_values, ends = torch.randn(steps, envs), torch.randn(envs), (torch.rand(steps, envs) < 0.2).float()
 
     buffer = reference.rollout_buffer
     buffer.reset()
@@ -79,71 +59,52 @@ def test_one_update_equals_stable_baselines3(monkeypatch):
     for t in range(steps):
         buffer.add(obs[t].numpy(), actions[t].numpy(), rewards[t].numpy(), starts[t].numpy(), values[t], logprobs[t])
     buffer.compute_returns_and_advantage(last_values, ends[-1].numpy())
-    next_values = torch.cat([values[1:], last_values.unsqueeze(0)])
-    advantages, returns = ppo.compute_gae(rewards, values, next_values, ends, ends, args.gamma, args.gae_lambda)
+    next_values = torch.cat([values[1:], last_values[None]])
+    advantages, returns = script.compute_gae(rewards, values, next_values, ends, ends, args.gamma, args.gae_lambda)
     np.testing.assert_allclose(buffer.advantages, advantages.numpy(), atol=1e-5)
     np.testing.assert_allclose(buffer.returns, returns.numpy(), atol=1e-5)
 
-    # The same minibatches: they number transitions environment by environment, we step by step.
-    orders = [np.random.default_rng(epoch).permutation(steps * envs) for epoch in range(epochs)]
+    # The same minibatches. Theirs numbers transitions environment by environment.
+    orders = [np.random.default_rng(epoch).permutation(steps * envs) for epoch in range(args.update_epochs)]
     theirs, ours = iter(orders), iter(orders)
     monkeypatch.setattr(np.random, "permutation", lambda n: next(theirs))
     monkeypatch.setattr(torch, "randperm", lambda n: torch.from_numpy(next(ours)))
     reference.train()
     columns = (obs, actions, logprobs, values, advantages, returns)
-    batch = ppo.Batch(*(x.transpose(0, 1).flatten(0, 1) for x in columns))
-    before = [ours.weight.clone() for _, ours in pairs]
-    ppo.update(leader, follower, *optimizers, batch, args)
+    batch = script.Batch(*(x.transpose(0, 1).flatten(0, 1) for x in columns))
+    before = [layer.weight.clone() for _, layer in pairs]
+    parameters = [*leader.parameters(), *follower.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    script.update(leader, follower, optimizer, batch, args)
 
     for (theirs, ours), old in zip(pairs, before):
-        assert (ours.weight - old).abs().max() > 1e-3, "the update must have moved every layer"
-        torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-5, rtol=0)
-        torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-5, rtol=0)
+        assert (ours.weight - old).abs().max() > 1e-3, "moved, by ten times the tolerance at least"
+        torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-4, rtol=0)
+    return reference.policy, follower
 
 
-class Vectors(Frames):
-    """A vector space with nothing behind it."""
+SETTINGS = {"minibatch_size": 16, "num_steps": 16, "num_envs": 4, "update_epochs": 3, "norm_adv": "minibatch"}
 
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+def test_one_update_equals_stable_baselines3(monkeypatch):
+    def pairs(theirs, leader, follower):
+        encoder = theirs.features_extractor
+        layers = [*(encoder.cnn[i] for i in (0, 2, 4)), encoder.linear[0], theirs.action_net, theirs.value_net]
+        return list(zip(layers, [*leader.convs, follower.hidden, follower.actor, follower.critic]))
+
+    args = atari.Args(learning_rate=2.5e-4, **SETTINGS)
+    one_update_of_each(atari, args, Frames, "CnnPolicy", pairs, monkeypatch)
 
 
 def test_one_gaussian_update_equals_stable_baselines3(monkeypatch):
-    size, batch_size, epochs, rate = 64, 16, 3, 1e-3
-    args = continuous.Args(minibatch_size=batch_size, update_epochs=epochs, norm_obs=False, clip_value_loss=False)
-    args.ent_coef = 0.01  # so that the Gaussian's entropy counts
-    reference = their_ppo("MlpPolicy", [Vectors], size, rate, args)
-    leader = continuous.Leader(Vectors.observation_space, args)
-    follower = continuous.Follower(leader.num_features, Vectors.action_space)
-    optimizers = [torch.optim.Adam([{"params": p.parameters()}], lr=rate, eps=1e-5) for p in (leader, follower)]
-    theirs, net = reference.policy, reference.policy.mlp_extractor
-    pairs = [(net.policy_net[i], follower.actor[i]) for i in (0, 2)] + [(theirs.action_net, follower.actor[4])]
-    pairs += [(net.value_net[i], follower.critic[i]) for i in (0, 2)] + [(theirs.value_net, follower.critic[4])]
-    for reference_layer, layer in pairs:
-        reference_layer.load_state_dict(layer.state_dict())
+    def pairs(theirs, leader, follower):
+        net = theirs.mlp_extractor
+        actor, critic = [*net.policy_net[::2], theirs.action_net], [*net.value_net[::2], theirs.value_net]
+        return list(zip(actor + critic, [*follower.actor[::2], *follower.critic[::2]]))
 
-    obs, returns, advantages = torch.randn(size, 5), torch.randn(size), torch.randn(size)
-    with torch.no_grad():
-        logits, values = follower(leader(obs))
-        policy = continuous.action_distribution(logits)
-        actions = policy.sample()
-        logprobs = policy.log_prob(actions)
-    buffer = reference.rollout_buffer
-    buffer.reset()
-    for t in range(size):
-        buffer.add(obs[t : t + 1].numpy(), actions[t : t + 1].numpy(), np.zeros(1), np.zeros(1), values[t], logprobs[t])
-    buffer.returns, buffer.advantages = returns.view(-1, 1).numpy(), advantages.view(-1, 1).numpy()
-    orders = [np.random.default_rng(epoch).permutation(size) for epoch in range(epochs)]
-    their_orders, our_orders = iter(orders), iter(orders)
-    monkeypatch.setattr(np.random, "permutation", lambda n: next(their_orders))
-    monkeypatch.setattr(torch, "randperm", lambda n: torch.from_numpy(next(our_orders)))
-    reference.train()
-    before = [layer.weight.clone() for _, layer in pairs]
-    batch = continuous.Batch(obs, actions, logprobs, values, advantages, returns)
-    continuous.update(leader, follower, *optimizers, batch, args)
-    for (reference_layer, layer), old in zip(pairs, before):
-        assert (layer.weight - old).abs().max() > 1e-3, "the update must have moved every layer"
-        torch.testing.assert_close(layer.weight, reference_layer.weight, atol=1e-5, rtol=0)
-        torch.testing.assert_close(layer.bias, reference_layer.bias, atol=1e-5, rtol=0)
+    plain = {"norm_obs": False, "clip_value_loss": False, "target_kl": None, "anneal_lr": False}
+    args = continuous.Args(learning_rate=1e-3, ent_coef=0.01, **plain, **SETTINGS)  # so that the entropy counts
+    theirs, follower = one_update_of_each(continuous, args, Vectors, "MlpPolicy", pairs, monkeypatch)
     assert follower.log_std.abs().max() > 1e-3
-    torch.testing.assert_close(follower.log_std, theirs.log_std, atol=1e-5, rtol=0)
+    torch.testing.assert_close(follower.log_std, theirs.log_std, atol=1e-4, rtol=0)
