@@ -6,8 +6,8 @@ Paper: Martinez-Lopez, Chen, Lu, "SPRIG: Stackelberg Perception-Reinforcement Le
 arXiv 2502.14264. Numbers of equations and of lines (of Algorithm 1) are the paper's. DEVIATION marks each place where
 this code does not do what is printed there, with its row in docs/paper.md.
 
-Reaches 530 points on BeamRider after 1M agent steps, two hours on one core (mean of n = 5 seeds, evaluated on 30 games each); PPO
-reaches 648, a random agent 361.
+Reaches 530 points on BeamRider after 1M agent steps, two hours on one core (mean of n = 5 seeds, 30 games of evaluation
+each); PPO reaches 648, a random agent 361.
 """
 
 import contextlib
