@@ -6,8 +6,8 @@ Paper: Schulman et al. 2017 (arXiv 1707.06347); the CNN: Mnih et al. 2015 (doi 1
 Table 1 of the SPRIG paper (arXiv 2502.14264), not those of the PPO paper. The encoder is named `Leader`, the heads
 `Follower`, as in sprig_atari.py, so that `diff ppo_atari_baseline.py sprig_atari.py` shows the algorithm.
 
-Reaches 648 points on BeamRider after 1M agent steps, 45 minutes on one core (mean of n = 5 seeds, 30 games of evaluation
-each); a random agent reaches 361.
+Reaches 648 points on BeamRider after 1M agent steps, 45 minutes on one core (mean of n = 5 seeds, 30 games of
+evaluation each); a random agent reaches 361.
 """
 
 import contextlib
