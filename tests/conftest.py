@@ -1,7 +1,9 @@
 """What the tests share: the scripts, agents without an emulator, and runs in processes of their own."""
 
 import dataclasses
+import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -9,7 +11,9 @@ import random
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["OMP_NUM_THREADS"] = "1"  # one thread per test process: equal runs are then equal bit for bit
@@ -185,7 +189,79 @@ gym.register("Dice-v0", Dice)
 gym.register("MinAtar/Dice-v1", Dice, kwargs={"planes": True})
 
 
+class Recorder(gym.Wrapper):
+    """Keeps its own account of the games that are played."""
+
+    def __init__(self, env, account):
+        super().__init__(env)
+        self.account, self.games, self.steps = account, [], 0
+        account.envs.append(self)
+
+    def reset(self, **options):
+        self.score, self.length = 0.0, 0
+        return self.env.reset(**options)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.score, self.length, self.steps = self.score + float(reward), self.length + 1, self.steps + 1
+        self.account.steps += 1
+        self.account.actions.add(np.asarray(action).item())
+        if terminated or truncated:
+            self.games.append((self.score, self.length))
+            self.account.games.append((self.account.steps, self.score, self.length))
+        return obs, reward, terminated, truncated, info
+
+
+@pytest.fixture(scope="session")
+def account():
+    """Of all single environments that gymnasium.make makes: the games in order, with all steps taken up to their end."""
+    real, account = gym.make, SimpleNamespace()
+    account.clear = lambda: vars(account).update(envs=[], games=[], steps=0, actions=set())
+    account.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gym, "make", lambda *names, **options: Recorder(real(*names, **options), account))
+        yield account
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, account):
+    """script -> its small run, left alone: run (its folder), args, evaluation, games (by the account)."""
+
+    @functools.cache
+    def play(script):
+        run = tmp_path_factory.mktemp(script.__name__) / "run"
+        args = script.Args(run_dir=str(run), **small(script))
+        account.clear()
+        evaluation = script.main(args)
+        training = [game for game in account.games if game[0] <= args.total_timesteps]
+        games = [(-(-steps // args.num_envs) * args.num_envs, *game) for steps, *game in training]
+        return SimpleNamespace(run=run, args=args, evaluation=evaluation, games=games)
+
+    return play
+
+
 # ---- Processes ---------------------------------------------------------------------------------------------------
+def strike(path, count, *numbers):
+    """Called in a run: sends it signals as it is about to open or rename a file whose name begins with `path` for the
+    `count`-th time. So a test chooses the instant, whatever else the machine has to do."""
+    seen = itertools.count(1)
+
+    def hook(event, details):
+        if event in ("open", "os.rename") and str(details[0]).startswith(str(path)) and next(seen) == count:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
+
+
+def set_clock(seconds):
+    """Called in a run: another machine, whose clock differs by `seconds`, and whose monotonic clock began elsewhere."""
+    real = {name: getattr(time, name) for name in ("time", "time_ns", "monotonic")}
+    time.time = lambda: real["time"]() + seconds
+    time.time_ns = lambda: real["time_ns"]() + seconds * 10**9
+    time.monotonic = lambda: real["monotonic"]() + 2 * seconds
+
+
 def play(name, argv, folder, before):
     """`python name.py *argv`, in a process forked off one that has imported everything: a second instead of five."""
     for number in (1, 2):  # stdout, stderr
@@ -193,19 +269,19 @@ def play(name, argv, folder, before):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr, sys.argv = open(1, "w"), open(2, "w"), [f"{name}.py", *argv]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers hand on that it is ignored
-    if before:
-        before()
+    for change in before:
+        change()
     runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
 
 
 class Process:
-    """A script that runs beside the test. `before` is called in it first, and has to be importable."""
+    """A script that runs beside the test. What is in `before` is called in it first, and can be pickled."""
 
-    def __init__(self, script, folder, *argv, before=None, terminal=None):
+    def __init__(self, script, folder, *argv, before=(), terminal=None):
         self.folder = folder / f"process{len(list(folder.glob('process*')))}"
         self.folder.mkdir()
         if terminal:
-            (self.folder / "std2").symlink_to(terminal)
+            (self.folder / "std2").symlink_to(os.ttyname(terminal))
         self.process = SERVER.Process(target=play, args=(script.__name__, argv, self.folder, before))
         self.process.start()
 
