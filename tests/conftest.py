@@ -102,12 +102,12 @@ def random_batch(script, leader, follower, size=32):
 
 # ---- Small runs --------------------------------------------------------------------------------------------------
 SMALL = {"num_envs": 2, "num_steps": 32, "minibatch_size": 32, "update_epochs": 1, "max_episode_steps": 20}
-SMALL |= {"total_timesteps": 256, "checkpoint_interval": 64, "eval_episodes": 2, "anneal_lr": False}
+SMALL |= {"total_timesteps": 384, "checkpoint_interval": 128, "eval_episodes": 2, "anneal_lr": False}
 SMALL |= {"device": "cpu", "threads": 1}
 
 
 def small(script, **changes):
-    """Settings of a run that takes a second: four rollouts, a checkpoint after each."""
+    """Settings of a run that takes a second: six rollouts, a checkpoint after every other."""
     return SMALL | {"env_id": "MinAtar/Breakout-v1" if script.__name__ in ATARI else "Pendulum-v1"} | changes
 
 
@@ -214,7 +214,7 @@ class Recorder(gym.Wrapper):
 
 @pytest.fixture(scope="session")
 def account():
-    """Of all single environments that gymnasium.make makes: the games in order, with all steps taken up to their end."""
+    """Of what gymnasium.make makes: the environments; the games, each with the steps taken in all up to its end."""
     real, account = gym.make, SimpleNamespace()
     account.clear = lambda: vars(account).update(envs=[], games=[], steps=0, actions=set())
     account.clear()
