@@ -267,7 +267,7 @@ BAD = {
     "evaluates and resumes": ({"evaluate": "taken", "resume": "taken"}, "--evaluate plays: leave out --resume"),
     "evaluates no games": ({"evaluate": "taken", "eval_episodes": 0}, "let --eval-episodes be at least 1"),
     "resumes nothing": ({"resume": "nowhere"}, "nowhere is not the folder of a run"),
-    "resumes no name": ({"resume": ""}, "is not the folder of a run"),
+    "no name": ({"resume": ""}, "need the folder of a run, not an empty name"),
 }
 BAD_PIXELS = {
     "misspelt": ({"env_id": "BeamRidrNoFrameskip-v4"}, "take e.g. BeamRiderNoFrameskip-v4"),
