@@ -264,10 +264,8 @@ BAD = {
     "folder in a file": ({"run_dir": "taken/precious/run"}, "taken/precious/run cannot be written: Not a directory"),
     "folder not to be written": ({"run_dir": "/proc/run"}, "/proc/run cannot be written"),
     "evaluates nothing": ({"evaluate": "taken"}, "taken is not the folder of a run"),
-    "evaluates and resumes": ({"evaluate": "taken", "resume": "taken"}, "--evaluate plays: leave out --resume"),
-    "evaluates no games": ({"evaluate": "taken", "eval_episodes": 0}, "let --eval-episodes be at least 1"),
     "resumes nothing": ({"resume": "nowhere"}, "nowhere is not the folder of a run"),
-    "no name": ({"resume": ""}, "need the folder of a run, not an empty name"),
+    "no name": ({"resume": ""}, "an empty name"),
 }
 BAD_PIXELS = {
     "misspelt": ({"env_id": "BeamRidrNoFrameskip-v4"}, "take e.g. BeamRiderNoFrameskip-v4"),
