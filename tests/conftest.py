@@ -1,5 +1,6 @@
-"""What the tests share: the scripts, agents without an emulator, and runs in processes of their own."""
+"""What the tests share: the scripts, small runs of them, and processes that can be killed."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -49,12 +50,6 @@ def script(request):
     return request.param
 
 
-@pytest.fixture(params=VECTORS.values(), ids=VECTORS.keys())
-def vector_script(request):
-    """Each script for state vectors in turn."""
-    return request.param
-
-
 @pytest.fixture(params=SCRIPTS.values(), ids=SCRIPTS.keys())
 def any_script(request):
     return request.param
@@ -73,33 +68,6 @@ def seeded():
         signal.signal(number, handler)
 
 
-# ---- Agents ------------------------------------------------------------------------------------------------------
-def build(script, args, num_actions=9, observation_space=None):
-    """(leader, follower, optimizer) as `train` builds them, without an emulator: 84x84 frames, or vectors of 17 with 6
-    real actions."""
-    shape, actions = ((0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(num_actions))
-    if script.__name__ in VECTORS:
-        shape, actions = (-np.inf, np.inf, (17,), np.float32), gym.spaces.Box(-1, 1, (6,))
-    leader = script.Leader(observation_space or gym.spaces.Box(*shape), args)
-    follower = script.Follower(leader.num_features, actions)
-    rates = {leader: getattr(args, "leader_rate_factor", 1.0) * args.learning_rate, follower: args.learning_rate}
-    groups = [{"params": player.parameters(), "lr": rate} for player, rate in rates.items()]
-    return leader, follower, torch.optim.Adam(groups, eps=1e-5, fused=True)
-
-
-def random_batch(script, leader, follower, size=32):
-    """Noise with actions of the current policy, so that all ratios start at 1."""
-    obs = torch.randn(size, leader.num_features)
-    if script.__name__ in ATARI:
-        obs = torch.randint(0, 256, (size, 84, 84, 4), dtype=torch.uint8).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        logits, values = follower(leader(obs))
-        policy = script.action_distribution(logits)
-        actions = policy.sample()
-    returns = values + torch.randn(size)
-    return script.Batch(obs, actions, policy.log_prob(actions), values, torch.randn(size), returns)
-
-
 # ---- Small runs --------------------------------------------------------------------------------------------------
 SMALL = {"num_envs": 2, "num_steps": 32, "minibatch_size": 32, "update_epochs": 1, "max_episode_steps": 20}
 SMALL |= {"total_timesteps": 384, "checkpoint_interval": 128, "eval_episodes": 2, "anneal_lr": False}
@@ -113,12 +81,11 @@ def small(script, **changes):
 
 def words(**settings):
     """As flags of a command line."""
-    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
-    return [
-        word
-        for flag, value in pairs
-        for word in ([flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)])
-    ]
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return flags
 
 
 def resume(script, run, **changes):
@@ -212,27 +179,25 @@ class Recorder(gym.Wrapper):
         return obs, reward, terminated, truncated, info
 
 
-@pytest.fixture(scope="session")
-def account():
-    """Of what gymnasium.make makes: the environments; the games, each with the steps taken in all up to its end."""
-    real, account = gym.make, SimpleNamespace()
-    account.clear = lambda: vars(account).update(envs=[], games=[], steps=0, actions=set())
-    account.clear()
+@contextlib.contextmanager
+def recorded():
+    """An account of what gymnasium.make makes: envs; games, each with the steps taken in all up to its end; actions."""
+    real, account = gym.make, SimpleNamespace(envs=[], games=[], steps=0, actions=set())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gym, "make", lambda *names, **options: Recorder(real(*names, **options), account))
         yield account
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, account):
+def finished(tmp_path_factory):
     """script -> its small run, left alone: run (its folder), args, evaluation, games (by the account)."""
 
     @functools.cache
     def play(script):
         run = tmp_path_factory.mktemp(script.__name__) / "run"
         args = script.Args(run_dir=str(run), **small(script))
-        account.clear()
-        evaluation = script.main(args)
+        with recorded() as account:
+            evaluation = script.main(args)
         training = [game for game in account.games if game[0] <= args.total_timesteps]
         games = [(-(-steps // args.num_envs) * args.num_envs, *game) for steps, *game in training]
         return SimpleNamespace(run=run, args=args, evaluation=evaluation, games=games)
@@ -283,7 +248,9 @@ class Process:
         if terminal:
             (self.folder / "std2").symlink_to(os.ttyname(terminal))
         self.process = SERVER.Process(target=play, args=(script.__name__, argv, self.folder, before))
-        self.process.start()
+        with pytest.MonkeyPatch.context() as patch:  # where the server, if it is not there yet, looks for its modules
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
+            self.process.start()
 
     def wait(self):
         """Returns (exit code, stdout, stderr)."""
@@ -295,4 +262,3 @@ class Process:
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["conftest", "torch._dynamo", "minatar.gym", "gymnasium.envs.classic_control.pendulum"])
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])  # where the server looks for them

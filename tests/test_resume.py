@@ -9,7 +9,6 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import time
 from itertools import permutations
 from pathlib import Path
@@ -17,8 +16,22 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from conftest import ATARI, CONTINUOUS, SCRIPTS, TWINS, Process, contents, games, resume, same_end, set_clock
-from conftest import small, strike, weights, words
+from conftest import (
+    ATARI,
+    CONTINUOUS,
+    SCRIPTS,
+    TWINS,
+    Process,
+    contents,
+    games,
+    resume,
+    same_end,
+    set_clock,
+    small,
+    strike,
+    weights,
+    words,
+)
 from test_runs import events, scalars
 
 
@@ -31,10 +44,6 @@ def saved(any_script, finished, tmp_path):
 def start(script, folder, *hooks, **changes):
     """The small run in a process of its own, in `folder`/run."""
     return Process(script, folder, *words(run_dir=folder / "run", **small(script, **changes)), before=hooks)
-
-
-def same_curves(a, b):
-    assert scalars(a) == scalars(b)
 
 
 # ---- Killed ------------------------------------------------------------------------------------------------------
@@ -56,7 +65,7 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(any_script, finis
     code, _, errors = Process(any_script, tmp_path, "--resume", str(run)).wait()
     assert code == 0 and died >= 3, errors
     same_end(finished(any_script).run, run)
-    same_curves(finished(any_script).run, run)
+    assert scalars(finished(any_script).run) == scalars(run)
 
 
 @pytest.mark.parametrize("name", ATARI)
@@ -75,7 +84,7 @@ def test_a_run_can_be_extended(any_script, finished, tmp_path):
     code, _, errors = Process(any_script, tmp_path, "--resume", str(run), "--total-timesteps", "384").wait()
     assert code == 0, errors
     same_end(finished(any_script).run, run)
-    same_curves(finished(any_script).run, run)
+    assert scalars(finished(any_script).run) == scalars(run)
     assert json.loads((run / "args.json").read_text())["arguments"]["total_timesteps"] == 384
 
 
@@ -116,22 +125,16 @@ def test_a_second_signal_ends_at_once_and_loses_nothing_saved(any_script, finish
     same_end(finished(any_script).run, tmp_path / "run")
 
 
-class Interrupting(gym.Wrapper):
-    """Sends its process a signal at each step that is taken after the training."""
-
-    def __init__(self, env, run, number):
-        super().__init__(env)
-        self.trained, self.number = run / "model.pt", number
-
-    def step(self, action):
-        if self.trained.exists():
-            os.kill(os.getpid(), self.number)
-        return self.env.step(action)
-
-
 def interrupt_evaluation(run, number):
+    """Called in a run: sends it a signal at each step that is taken after the training."""
+
+    def paid(reward):
+        if (run / "model.pt").exists():
+            os.kill(os.getpid(), number)
+        return reward
+
     real = gym.make
-    gym.make = lambda *names, **options: Interrupting(real(*names, **options), run, number)
+    gym.make = lambda *names, **options: gym.wrappers.TransformReward(real(*names, **options), paid)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
@@ -152,7 +155,7 @@ def test_a_clock_that_is_behind_or_ahead_changes_nothing(any_script, finished, t
     for hooks in ([functools.partial(set_clock, -day), third], [functools.partial(set_clock, 400 * day)]):
         Process(any_script, tmp_path, "--resume", str(run), before=hooks).wait()
     same_end(finished(any_script).run, run)
-    same_curves(finished(any_script).run, run)
+    assert scalars(finished(any_script).run) == scalars(run)
     seconds = [float(row.split(",")[1]) for row in (run / "episodes.csv").read_text().splitlines()[1:]]
     assert seconds == sorted(seconds) and 0 < seconds[-1] < day / 2, "sittings add up"
     for tag in ("charts/episodic_return", "losses/entropy"):
@@ -239,54 +242,17 @@ def test_a_run_of_the_twin_is_refused(name, twin, finished):
 
 
 # ---- Faults of the machine and of the numbers --------------------------------------------------------------------
-@pytest.fixture
-def small_disk(tmp_path):
-    """Makes a file system of so many bytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(size):
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("needs the right to mount a file system")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
-
-
-def fails_on_a_full_disk(process, run):
-    """One line, and the first checkpoint is intact: the second, with Adam's moments, is three times as large."""
-    code, output, errors = process.wait()
+def test_a_disk_that_takes_no_more_ends_a_run_with_one_line(any_script, finished, tmp_path):
+    """By a limit on a file's size: the second checkpoint, with Adam's moments, is three times as large as the first."""
+    run, size = tmp_path / "run", 2 * (finished(any_script).run / "model.pt").stat().st_size
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    code, output, errors = start(any_script, tmp_path, limit).wait()
     assert code == 1 and not output and "Traceback" not in errors, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]  # beside the progress
-    assert re.match(r"error: .* cannot be written: .*; what was saved before is untouched$", line), line
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 0 and weights(run / "checkpoint.pt")
-
-
-def test_a_full_disk_ends_a_run_with_one_line(any_script, finished, small_disk):
-    folder = small_disk(2 * (finished(any_script).run / "model.pt").stat().st_size)
-    fails_on_a_full_disk(start(any_script, folder), folder / "run")
-
-
-def test_a_limit_on_the_size_of_a_file_ends_a_run_with_one_line(any_script, finished, tmp_path):
-    size = 2 * (finished(any_script).run / "model.pt").stat().st_size
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
-    fails_on_a_full_disk(start(any_script, tmp_path, limit), tmp_path / "run")
-    assert Process(any_script, tmp_path, "--resume", str(tmp_path / "run")).wait()[0] == 0
-    same_end(finished(any_script).run, tmp_path / "run")
-
-
-def test_a_folder_that_is_removed_ends_a_run_with_one_line(any_script, tmp_path, monkeypatch):
-    run, real = tmp_path / "run", any_script.update
-
-    def update(*inputs):
-        shutil.rmtree(run, ignore_errors=True)
-        return real(*inputs)
-
-    monkeypatch.setattr(any_script, "update", update)
-    with pytest.raises(SystemExit, match=f"error: {run}.* cannot be written: No such file or directory"):
-        any_script.main(any_script.Args(run_dir=str(run), **small(any_script)))
+    assert re.match("error: .* cannot be written: File too large; what was saved before is untouched$", line), line
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 0
+    resume(any_script, run)
+    same_end(finished(any_script).run, run)
 
 
 def test_a_run_that_diverges_names_step_and_checkpoint_and_saves_no_broken_agent(any_script, tmp_path, monkeypatch):

@@ -12,7 +12,21 @@ import time
 
 import pytest
 import torch
-from conftest import ATARI, FORKS, ROOT, SCRIPTS, VECTORS, Process, games, same, same_end, small, weights, words
+from conftest import (
+    ATARI,
+    FORKS,
+    ROOT,
+    SCRIPTS,
+    VECTORS,
+    Process,
+    games,
+    recorded,
+    same,
+    same_end,
+    small,
+    weights,
+    words,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 LOSSES = "policy_loss value_loss entropy approx_kl clipfrac explained_variance"
@@ -114,13 +128,13 @@ def test_a_task_that_draws_from_global_generators_repeats_itself_and_is_resumed_
 
 
 # ---- Evaluation --------------------------------------------------------------------------------------------------
-def test_an_evaluation_repeats_itself_and_counts_the_first_game_of_each_environment(any_script, account):
+def test_an_evaluation_repeats_itself_and_counts_the_first_game_of_each_environment(any_script):
     task = "MinAtar/Dice-v1" if any_script.__name__ in ATARI else "Dice-v0"
     args = any_script.Args(**small(any_script, env_id=task, eval_episodes=6, max_episode_steps=100))
     leader, follower = any_script.make_agent(args, "cpu")
     first = any_script.evaluate(leader, follower, args)
-    account.clear()
-    assert any_script.evaluate(leader, follower, args) == first
+    with recorded() as account:
+        assert any_script.evaluate(leader, follower, args) == first
     played = [env for env in account.envs if env.steps]
     assert list(zip(first["returns"], first["lengths"])) == [env.games[0] for env in played]
     assert len(set(first["lengths"])) > 2, "games of several lengths, or the first to end could be counted unnoticed"
@@ -129,14 +143,14 @@ def test_an_evaluation_repeats_itself_and_counts_the_first_game_of_each_environm
         assert all(env.steps == env.games[0][1] for env in played), "a game that is over idles"
 
 
-def test_a_greedy_evaluation_takes_the_most_probable_action(any_script, account):
+def test_a_greedy_evaluation_takes_the_most_probable_action(any_script):
     args = any_script.Args(**small(any_script))
     leader, follower = any_script.make_agent(args, "cpu")
     for parameter in follower.parameters():
         torch.nn.init.zeros_(parameter)  # all actions equally probable, or a standard normal
     for greedy in (False, True):
-        account.clear()
-        result = any_script.evaluate(leader, follower, dataclasses.replace(args, eval_greedy=greedy))
+        with recorded() as account:
+            result = any_script.evaluate(leader, follower, dataclasses.replace(args, eval_greedy=greedy))
         assert result["greedy"] is greedy and (account.actions == {0}) is greedy
 
 
