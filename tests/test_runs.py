@@ -180,7 +180,7 @@ def test_a_loaded_agent_is_the_trained_one(any_script, finished, tmp_path, remov
 def test_learns_where_things_are(any_script, tmp_path):
     """Chance earns 0.25 a step, the optimum 1."""
     task = "MinAtar/Dice-v1" if any_script.__name__ in ATARI else "Dice-v0"
-    settings = {"total_timesteps": 4096, "num_envs": 4, "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.5}
+    settings = {"total_timesteps": 2048, "num_envs": 4, "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.5}
     settings |= {"eval_episodes": 20, "checkpoint_interval": 0, "max_episode_steps": 100}
     run = str(tmp_path / "run")
     evaluation = any_script.main(any_script.Args(run_dir=run, **small(any_script, env_id=task, **settings)))
