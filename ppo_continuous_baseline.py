@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib
+import io
 import json
 import logging
 import math
@@ -94,7 +95,7 @@ class PpoArgs:
     ent_coef: Weight = 0.0  # weight of the entropy bonus, β
     vf_coef: Weight = 0.25  # weight of the mean squared value error (which has no further factor 1/2)
     max_grad_norm: Positive = 0.5  # largest gradient norm of a step
-    target_kl: Positive | None = 0.015  # stop a rollout's epochs once the mean approximate KL of one exceeds this
+    target_kl: Positive | None = None  # stop a rollout's epochs once the mean approximate KL of one exceeds this
 
 
 @dataclass
@@ -115,6 +116,8 @@ class Args(PpoArgs, EnvironmentArgs, RunArgs):
             raise ValueError(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rollout} steps")
         if (rollout if self.norm_adv == "rollout" else self.minibatch_size) < 2 and self.norm_adv != "none":
             raise ValueError(f"--norm-adv {self.norm_adv} cannot normalise a single transition; set it to none")
+        if "" in (self.resume, self.evaluate):
+            raise ValueError("--resume and --evaluate need the folder of a run, not an empty name")
         if self.evaluate is not None and (self.resume is not None or not self.eval_episodes):
             raise ValueError("--evaluate plays: leave out --resume, and let --eval-episodes be at least 1")
 
@@ -190,10 +193,11 @@ class Task(gym.Wrapper):
 
     def __init__(self, env: gym.Env, args: Args):
         super().__init__(env)
-        self.name, self.one_game, self.over = args.env_id, False, False
+        self.name, self.one_game, self.over, self.bounds = args.env_id, False, False, None
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         if isinstance(env.action_space, gym.spaces.Box):  # unbounded: the policy is a Gaussian
             self.action_space = gym.spaces.Box(-np.inf, np.inf, env.action_space.shape, np.float32)
+            self.bounds = env.action_space.low, env.action_space.high
 
     def reset(self, *, seed=None, options=None):
         if self.over and self.one_game:
@@ -207,11 +211,10 @@ class Task(gym.Wrapper):
     def step(self, action):
         if self.over and self.one_game:
             return np.zeros(self.observation_space.shape, np.float32), 0.0, False, False, {}
-        if isinstance(self.action_space, gym.spaces.Box):
-            action = action.clip(self.env.action_space.low, self.env.action_space.high)
         try:
+            action = action if self.bounds is None else action.clip(*self.bounds)
             obs, reward, terminated, truncated, _ = self.env.step(action)
-            reward = np.asarray(reward, dtype=np.float64).item()
+            reward = np.asarray(reward, np.float64).item()
         except Exception as error:
             fail(f"--env-id {self.name}: its step should return (observation, number, bool, bool, dict): {error}")
         if not math.isfinite(reward):
@@ -220,11 +223,9 @@ class Task(gym.Wrapper):
         return self.checked(obs), reward, bool(terminated), bool(truncated), {}
 
     def checked(self, obs) -> np.ndarray:
-        if np.shape(obs) != self.observation_space.shape:
-            declared = self.observation_space.shape
-            fail(f"--env-id {self.name} declares observations of shape {declared}, but shows one of {np.shape(obs)}")
-        with np.errstate(over="ignore"):
-            entries = np.asarray(obs).astype(np.float32)  # in which a finite float64 may overflow
+        entries, declared = np.asarray(obs, np.float32), self.observation_space.shape
+        if entries.shape != declared:
+            fail(f"--env-id {self.name} declares observations of shape {declared}, but shows one of {entries.shape}")
         if not np.isfinite(entries).all():
             fail(f"--env-id {self.name}: the observation {obs} is not finite")
         return entries
@@ -274,8 +275,9 @@ class Disturbed(gym.vector.VectorWrapper):
 
     def disturb(self, obs: np.ndarray) -> np.ndarray:
         """(..., n) -> (..., n + distractors), or with noise (..., 2, n + distractors)."""
-        shape = (*obs.shape[:-1], self.args.distractors)
-        obs = np.concatenate([obs, self.random.standard_normal(shape, dtype=np.float32)], axis=-1)
+        if self.args.distractors:
+            shape = (*obs.shape[:-1], self.args.distractors)
+            obs = np.concatenate([obs, self.random.standard_normal(shape, dtype=np.float32)], axis=-1)
         if self.args.observation_noise:
             noise = self.args.observation_noise * self.random.standard_normal(obs.shape, dtype=np.float32)
             obs = np.stack([obs, noise], axis=-2)
@@ -448,22 +450,23 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
     transitions, observations to go on from, games): of each whole game that ended the steps into the rollout, its raw
     return and its length."""
     device = next(follower.parameters()).device
-    columns, cuts, games = [], [], []
-    for t in range(args.num_steps):
-        seen = torch.from_numpy(obs).to(device)  # (N, ...)
-        logits, values = follower(leader(seen))
-        policy = action_distribution(logits)
-        actions = policy.sample()
-        obs, rewards, terminations, truncations, info = envs.step(actions.cpu().numpy())
-        paid = torch.from_numpy(np.stack([rewards, terminations, terminations | truncations])).to(device, torch.float32)
-        columns.append((seen, actions, policy.log_prob(actions), values, *paid))
-        for row in np.flatnonzero(truncations & ~terminations):  # its next value is that of its final observation
-            final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)
-            cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
-        for row in np.flatnonzero(info.get("_episode", ())):
-            games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
-    seen, actions, logprobs, values, rewards, *ends = (torch.stack(column) for column in zip(*columns))  # (T, N, ...)
-    last_value = follower(leader(torch.from_numpy(obs).to(device)))[1]
+    steps, paid, cuts, games = [], [], [], []
+    with torch.inference_mode():
+        for t in range(args.num_steps):
+            seen = torch.from_numpy(obs).to(device)  # (N, ...)
+            logits, values = follower(leader(seen))
+            actions = action_distribution(logits).sample()
+            steps.append((seen, actions, logits, values))
+            obs, rewards, terminations, truncations, info = envs.step(actions.cpu().numpy())
+            paid.append((rewards, terminations, terminations | truncations))
+            for row in np.flatnonzero(truncations & ~terminations) if truncations.any() else ():
+                final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)  # whose value is the next one
+                cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
+            for row in np.flatnonzero(info["_episode"]) if "_episode" in info else ():
+                games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
+        last_value = follower(leader(torch.from_numpy(obs).to(device)))[1]
+    seen, actions, logits, values = (torch.stack(column) for column in zip(*steps))  # (T, N, ...)
+    rewards, *ends = torch.from_numpy(np.array(paid, dtype=np.float32)).to(device).unbind(1)  # (T, N) each
     next_values = torch.cat([values[1:], last_value[None]])
     for t, row, value in cuts:
         next_values[t, row] = value
@@ -474,8 +477,8 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
     advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
     if args.norm_adv == "rollout":
         advantages = normalise(advantages)
-    columns = (seen, actions, logprobs, values, advantages, returns)
-    return Batch(*(column.flatten(0, 1) for column in columns)), obs, games
+    seen, actions, logits, *columns = (x.flatten(0, 1) for x in (seen, actions, logits, values, advantages, returns))
+    return Batch(seen, actions, action_distribution(logits).log_prob(actions), *columns), obs, games
 
 
 # ==== Losses ======================================================================================
@@ -536,7 +539,9 @@ def update(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Ar
             break
     metrics = {tag: torch.stack([info[tag] for info in history]).mean() for tag in history[0]}
     parameters = nn.ModuleDict({"leader": leader, "follower": follower}).named_parameters()
-    for name, value in (*metrics.items(), *parameters):
+    with torch.no_grad():  # finite parameters can still be too large to act
+        acts = zip(("the policy", "the value"), follower(leader(minibatch.obs)))
+    for name, value in (*metrics.items(), *parameters, *acts):
         if not value.isfinite().all():
             raise FloatingPointError(f"{name} is not finite")
     return {tag: mean.item() for tag, mean in metrics.items()}
@@ -576,13 +581,15 @@ def load_agent(run_dir: Path | str, device: str = "cpu") -> tuple[Args, Leader, 
 
 
 # ==== Main ========================================================================================
+PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "MinAtar", "mujoco", "dm_control", "box2d")  # a record's versions
 # What may differ when a run is resumed or evaluated: how long it is, and where it runs.
 MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_greedy", "track", "resume", "evaluate"}
 
 
 def make_agent(args: Args, device: str) -> tuple[Leader, Follower]:
+    envs, _ = begin_games(args, 0, num_envs=1)
+    envs.step(envs.action_space.sample())  # a task that breaks its own declaration shows it before anything is written
     torch.manual_seed(args.seed)
-    envs = make_envs(args, num_envs=1)
     leader = Leader(envs.single_observation_space, args).to(device)
     follower = Follower(leader.num_features, envs.single_action_space).to(device)
     envs.close()
@@ -593,7 +600,8 @@ def write(path: Path, content: dict | str) -> None:
     """All or nothing: text, JSON or, for *.pt, PyTorch's format goes to a file beside `path`, which is then renamed."""
     with open(temporary := path.with_name(f".{path.name}.tmp"), "wb") as file:
         if path.suffix == ".pt":
-            torch.save(content, file)
+            torch.save(content, buffer := io.BytesIO())  # straight to a full disk it raises no OSError
+            file.write(buffer.getbuffer())
         else:
             file.write((content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode())
         file.flush()
@@ -630,7 +638,7 @@ def start_run(args: Args) -> Path:
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
     run_dir.mkdir(parents=True, exist_ok=True)
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    versions = {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
     versions |= {"python": sys.version.split()[0], "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     record = {"script": Path(__file__).name, "arguments": asdict(args) | {"resume": None}, "versions": versions}
     write(run_dir / "args.json", record | {"protocol": env_protocol(args)})
@@ -643,10 +651,13 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     groups = [{"params": player.parameters(), "initial_lr": args.learning_rate} for player in (leader, follower)]
     optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
     parts = {"leader": leader, "follower": follower, "optimizer": optimizer}
-    run_dir, progress = start_run(args), {"step": 0, "seconds": 0.0, "started": time.time()}
-    if args.resume:
-        progress = load(run_dir / "checkpoint.pt", parts)
-    else:
+    progress = {"step": 0, "seconds": 0.0, "started": time.time()}
+    if args.resume is not None:  # before args.json is written anew
+        progress = load(Path(args.resume) / "checkpoint.pt", parts)
+        if progress["step"] > args.total_timesteps:
+            fail(f"--total-timesteps {args.total_timesteps}: {args.resume} has taken {progress['step']} steps already")
+    run_dir = start_run(args)
+    if args.resume is None:
         write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
     step, started, begun = progress["step"], progress["started"], time.monotonic() - progress["seconds"]
     sitting, rollout_size = (step, progress["seconds"]), args.num_envs * args.num_steps
@@ -726,14 +737,15 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
 
 def main(args: Args) -> dict:
     """Train, evaluate and save, or with --evaluate play a saved agent. Returns the evaluation ({} if there is none)."""
-    if (saved_run := args.evaluate if args.resume is None else args.resume) is not None:
+    if saved_run := args.resume or args.evaluate:
         for name, old in asdict(read_args(saved_run)).items():
             if name not in MAY_CHANGE and (new := getattr(args, name)) != old:
                 flag = f"--{name.replace('_', '-')}"
                 fail(f"{saved_run} was trained with {flag} {old}, not {new}; leave out {flag}")
     try:
         gpu = torch.cuda.is_available()
-        device = torch.zeros(1, device=args.device.replace("auto", "cuda" if gpu else "cpu")).device
+        device = torch.device(args.device.replace("auto", "cuda" if gpu else "cpu"))
+        torch.zeros(1, device=device).item()
         if args.track:
             import wandb  # noqa: F401
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -764,16 +776,16 @@ def parse_args() -> Args:
     groups = {"run": RunArgs, "environment": EnvironmentArgs, "ppo": PpoArgs}
     flags = tyro.conf.OmitArgPrefixes[make_dataclass("Flags", groups.items())]  # tyro shows a group for each
 
-    def parse(args: Args) -> Args:
-        parts = {n: group(**{f.name: getattr(args, f.name) for f in fields(group)}) for n, group in groups.items()}
+    def parse(defaults: Args) -> dict:
+        parts = {n: group(**{f.name: getattr(defaults, f.name) for f in fields(group)}) for n, group in groups.items()}
         parsed = tyro.cli(flags, default=flags(**parts), description=__doc__.split("\n\nPaper")[0])
-        return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+        return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
 
+    given = parse(Args())
+    if saved_run := given["resume"] or given["evaluate"]:
+        given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
     try:
-        args = parse(Args())
-        if (saved_run := args.evaluate if args.resume is None else args.resume) is not None:
-            args = parse(replace(read_args(saved_run), resume=args.resume, evaluate=args.evaluate))
-        return args
+        return Args(**given)
     except ValueError as error:
         fail(error)
 
@@ -784,5 +796,7 @@ if __name__ == "__main__":
         stream.reconfigure(errors="replace")  # what its encoding lacks shows as ?
     try:
         main(parse_args())
+    except BrokenPipeError:  # of `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:  # before training, or in an evaluation, which --resume repeats
         fail("interrupted; what was saved before is untouched")

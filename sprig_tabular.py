@@ -1,12 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "gymnasium==1.4.0",
-#     "tyro==1.0.17",
-#     "numpy==2.4.6",
-#     "matplotlib==3.11.2",
-# ]
-# ///
 """The Stackelberg-Bellman operator T_S on small MDPs: what holds, what does not.
 
     python sprig_tabular.py --env-id FrozenLake-v1

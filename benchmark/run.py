@@ -1,35 +1,33 @@
 """Play an experiment matrix: every script with its flags, on every task, from every seed.
 
-    python benchmark/run.py benchmark/matrices/mujoco.toml --dry-run           # what is there, what is to do
+    python benchmark/run.py benchmark/matrices/mujoco.toml --dry-run           # every run: its state, its command
     python benchmark/run.py benchmark/matrices/mujoco.toml                     # on this machine, all cores
     python benchmark/run.py benchmark/matrices/mujoco.toml --address HOST:6379 # on a Ray cluster
     sbatch --array=0-39 benchmark/slurm.sh benchmark/matrices/mujoco.toml      # one Slurm job per run, without Ray
+    python benchmark/run.py MATRIX --collect RUN_DIR ...                       # add runs made by hand
 
 A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`, `seeds`, `cpus` and `gpus` of one run
-(cpus is also its --threads; 0 gpus hides them), `[flags]` of every run, and `[arms.<label>]` with `title`, `script` and
-`flags` of its own. A script is one of the four or a fork of one, a copy beside it. The first arm is what the others are
-compared with. An arm with `beginning_of`, the name of another matrix, is not played here: its results are the first
-steps of that matrix's longer runs of the same label, as they are what a shorter run would have been, but for games
-restarted at other checkpoints (and so its step size may not be annealed). `[peers]`, label = title, are programs of
-others that have results in the matrix's folder, made by benchmark/cleanrl.py. For plot.py are `saturated`, of the tasks
-those that most seeds of every arm solve, and `[contrasts]`, title = "arm - arm + ...", what to test beside the
-comparisons (an arm of another matrix: matrix/arm). All but those is checked before anything starts.
+(cpus is also its --threads; with 0 gpus it sees none), `[flags]` of every run, and `[arms.<label>]` with `title`,
+`script` (one of the four or a fork beside them) and `flags` of its own.
 
-Each run is the ordinary script as a process of its own, in `<runs>/<matrix>/<task>__<arm>__<seed>`, its output in a
-.log beside that. Once it is finished it is exported as benchmark/collect.py says. Call the same command again as often
-as you like: what is finished is skipped (by its script's name and flags: after a change of a fork's text give the copy
-or the arm another name), what was interrupted goes on from its last checkpoint and ends as if it had been left alone, a
-folder without a readable checkpoint after step 0 is set aside under another name. A run that fails is tried once more,
-then listed; the exit code is then 1. Ctrl-C and SIGTERM save all runs, at a checkpoint more than they would have had
-(the games restart there), and exit with 130; a second one saves none.
+Each run is the ordinary script in a process of its own, in `<runs>/<matrix>/<task>__<label>__<seed>`; what it prints is
+in a .log beside that. A finished run is exported to `<results>/<matrix>/<task>/`: its games as `<label>_seed<n>.csv.gz`
+(the run's episodes.csv), its arguments, versions, hardware and evaluation as `<label>_seed<n>.json`. Both folders are
+yours; what is published lies in benchmark/results.
 
-On a cluster, and under Slurm, this folder, `runs` and `results` must lie on a file system that all machines share.
+Call the same command again as often as you like: what is finished is skipped, what was interrupted goes on and ends as
+if it had been left alone, what failed is tried once more, then listed (exit code 1). What was made with other flags or
+another length than the matrix says is refused by name. Ctrl-C and SIGTERM let every run save (exit code 130). On a
+cluster, and under Slurm, this folder, `runs` and `results` must lie on a file system that all machines share.
 """
 
+import contextlib
 import ctypes
-import difflib
+import dataclasses
 import fcntl
+import gzip
 import importlib
+import io
 import itertools
 import json
 import os
@@ -40,27 +38,27 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import types
-import typing
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tyro
-from collect import LABEL, export, fail, file_name, hardware, result_path, write
 
-PARTS = ("Args", "check_args", "env_protocol", "checkpoint_paths", "load_checkpoint", "MAY_CHANGE", "main")
-OWN_FLAGS = ("env_id", "seed", "run_dir", "resume", "evaluate", "threads")  # which this program sets (threads: cpus)
+LABEL = "[a-z0-9-]+"  # of an arm, and the name of a matrix
+OWN_FLAGS = {"env_id", "seed", "run_dir", "resume", "evaluate", "threads"}  # which this program sets (threads: cpus)
+PARTS = ("Args", "MAY_CHANGE", "env_protocol", "main")  # of a script
 TOP_KEYS = {"question": str, "tasks": list, "seeds": list, "cpus": int, "gpus": float, "flags": dict, "arms": dict}
-TOP_KEYS |= {"saturated": list, "peers": dict, "contrasts": dict}  # which plot.py reads
-ARM_KEYS = {"title": str, "script": str, "flags": dict, "beginning_of": str}
-OPTIONAL = ("cpus", "gpus", "flags", "beginning_of", "saturated", "peers", "contrasts")
+TOP_KEYS |= {"peers": dict}  # label = title: programs of others, whose results plot.py sets beside
+ARM_KEYS = {"title": str, "script": str, "flags": dict}
+REQUIRED = ("question", "tasks", "seeds", "arms", "title", "script")
 
 
 @dataclass
@@ -71,105 +69,55 @@ class Args:
     """of a Ray cluster, HOST:PORT, or "auto" on one of its machines (default: this machine alone)"""
     runs: Path = Path("runs")
     """where the run folders are made"""
-    results: Path = Path("benchmark/results")
+    results: Path = Path("results")
     """where finished runs are exported to"""
     only: int | None = None
     """play the run of this index alone, in this process, without Ray"""
     dry_run: bool = False
-    """print the table of runs, their states and their commands, and do nothing"""
+    """print all runs, their states and their commands, and do nothing"""
+    collect: tuple[Path, ...] = ()
+    """export these finished run folders as the matrix's runs of the same script, flags, task and seed; play nothing"""
 
 
 @dataclass
 class Run:
     index: int
+    gpus: float
     task: str
-    arm: str
+    label: str
     seed: int
     script: str
-    arguments: dict[str, Any]  # of the script, by field name: all that the matrix decides
-    settings: dict[str, Any]  # all that decides what is learnt, the script's defaults as well
-    threads: int
-    gpus: float
+    flags: dict[str, Any]  # of the script's command line
+    values: dict[str, Any]  # all its arguments by field name, its defaults as well
+    compared: set[str]  # of these, those that decide what is learnt
     folder: Path
     result: Path
-    beginning_of: str | None  # the matrix that plays it, and goes on
 
     @property
     def name(self) -> str:
-        return f"[{self.index}] {self.task} {self.arm} seed {self.seed}"
+        return f"[{self.index}] {self.task} {self.label} seed {self.seed}"
 
     @property
     def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
-# ==================================================================================================
-# The matrix
-# ==================================================================================================
-def load_script(name: str) -> types.ModuleType:
-    return importlib.import_module(Path(name).stem)
+def fail(message: str) -> NoReturn:
+    raise SystemExit(f"error: {message}")
 
 
-def check_script(name: str, where: str) -> None:
-    """One of the four, or a fork of one beside them, which has to have the same PARTS."""
-    if not re.fullmatch(r"[a-z_]\w*\.py", name, re.ASCII | re.IGNORECASE):
-        fail(f"{where}: script {name!r} is no name for one: letters, digits and _, then .py")
-    if not (ROOT / name).is_file():
-        fail(f"{where}: there is no script {name!r} in {ROOT}")
-    try:
-        missing = [part for part in PARTS if not hasattr(load_script(name), part)]
-    except Exception as error:  # whatever is wrong with a fork
-        fail(f"{where}: script {name!r} cannot be imported: {type(error).__name__}: {error}")
-    if missing:
-        fail(f"{where}: script {name!r} has no {missing[0]}; it should be one of the four or a fork of one")
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a TOML value can stand for a field of this type. None, which TOML has not, is written "None"."""
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return any(value == "None" if member is types.NoneType else fits(value, member) for member in kind.__args__)
-    return type(value) in ((int, float) if kind is float else (kind,))
-
-
-def says(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
-    return kind.__name__ if isinstance(kind, type) else str(kind)
-
-
-def check_keys(table: dict, known: dict[str, type], where: str) -> None:
-    for key in table:
+def check_keys(table: Any, known: dict[str, type], where: str) -> None:
+    for key, value in table.items():
         if key not in known:
             fail(f"{where}: {key} is not a key; there are {', '.join(known)}")
-    for key, kind in known.items():
-        if key not in table and key not in OPTIONAL:
-            fail(f"{where}: {key} is missing")
-        if key in table and not fits(table[key], kind):
-            fail(f"{where}: {key} = {table[key]!r} is not of type {kind.__name__}")
+        if type(value) not in ((int, float) if known[key] is float else (known[key],)):
+            fail(f"{where}: {key} = {value!r} is not of type {known[key].__name__}")
+    if missing := [key for key in known if key in REQUIRED and key not in table]:
+        fail(f"{where}: {missing[0]} is missing")
 
 
-def script_arguments(flags: dict[str, Any], script: str, where: str) -> dict[str, Any]:
-    """Flags of the command line as fields of the script's Args. Refuses what the script does not have."""
-    kinds = typing.get_type_hints(load_script(script).Args)
-    arguments = {}
-    for flag, value in flags.items():
-        name = flag.replace("-", "_")
-        if name in OWN_FLAGS:
-            fail(f"{where}: --{flag} is not for the matrix to set")
-        if name not in kinds or "_" in flag:
-            near = difflib.get_close_matches(name, kinds, n=1)
-            mend = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
-            fail(f"{where}: {script} has no flag --{flag}{mend}")
-        if not fits(value, kinds[name]):
-            fail(f"{where}: {flag} = {value!r}, but --{flag} takes {says(kinds[name])}")
-        arguments[name] = None if value == "None" and kinds[name] is not str else value
-    return arguments
-
-
-def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
-    """All runs of a matrix, those of the first seed first. Ends the program with one line if it is not sound."""
+def load_matrix(path: Path) -> dict[str, Any]:
+    """What the file holds, its keys checked, without a look at the scripts. Ends with one line if it is not sound."""
     try:
         matrix = tomllib.loads(path.read_text())
     except OSError as error:
@@ -179,413 +127,353 @@ def load_matrix(path: Path, runs: Path, results: Path) -> list[Run]:
     if not re.fullmatch(LABEL, path.stem):
         fail(f"{path}: the name of a matrix consists of a-z, 0-9 and -")
     check_keys(matrix, TOP_KEYS, str(path))
-    tasks, seeds, cpus, gpus = matrix["tasks"], matrix["seeds"], matrix.get("cpus", 1), matrix.get("gpus", 0.0)
+    matrix = {"cpus": 1, "gpus": 0.0, "flags": {}, "peers": {}} | matrix
     for key, kind in (("tasks", str), ("seeds", int)):
-        if not matrix[key] or not all(fits(value, kind) for value in matrix[key]):
-            fail(f"{path}: {key} = {matrix[key]} is not a list of {kind.__name__}, at least one")
-        if double := [value for value in matrix[key] if matrix[key].count(value) > 1]:
-            fail(f"{path}: {key} has {double[0]} twice")
-    if strange := [task for task in matrix.get("saturated", []) if task not in tasks]:
-        fail(f"{path}: saturated has {strange[0]!r}, which is not one of the tasks")
-    for label, title in matrix.get("peers", {}).items():
-        if not re.fullmatch(LABEL, label) or not isinstance(title, str) or label in matrix["arms"]:
-            fail(f"{path}: peers has {label} = {title!r}, but takes a label (a-z, 0-9, -) of its own and a title")
-    if cpus < 1:
-        fail(f"{path}: cpus must be at least 1, not {cpus}")
-    if not 0 <= gpus <= 1:
-        fail(f"{path}: gpus must lie in [0, 1], not {gpus}: a run uses one at most")
-    if not matrix["arms"]:
-        fail(f"{path}: arms is empty")
-    others = {other.stem for other in path.parent.glob("*.toml")} - {path.stem}
-    arms = {}
+        values = matrix[key]
+        if not values or {*map(type, values)} != {kind} or len({*values}) < len(values):
+            fail(f"{path}: {key} = {values} is not a list of {kind.__name__}, at least one, each once")
+    if matrix["cpus"] < 1 or not 0 <= matrix["gpus"] <= 1:
+        fail(f"{path}: a run takes at least one of cpus, and gpus in [0, 1], not {matrix['cpus']}, {matrix['gpus']:g}")
     for label, arm in matrix["arms"].items():
-        where = f"{path}: arms.{label}"
         if not re.fullmatch(LABEL, label):
-            fail(f"{where}: a label consists of a-z, 0-9 and -")
-        if not isinstance(arm, dict):
-            fail(f"{where} is not a table")
-        check_keys(arm, ARM_KEYS, where)
-        if "beginning_of" in arm and arm["beginning_of"] not in others:
-            fail(f"{where}: beginning_of = {arm['beginning_of']!r} is not the name of another matrix in {path.parent}")
-        check_script(arm["script"], where)
-        arms[label] = script_arguments(matrix.get("flags", {}) | arm.get("flags", {}), arm["script"], where)
-        if arms[label].get("device", "auto") not in ("auto", "cpu") and not gpus:
-            fail(f"{where}: device = {arms[label]['device']!r}, but gpus = 0")
-    known, plan = set(), []  # known: (script, task) whose protocol was looked up
-    for index, (seed, task, label) in enumerate(itertools.product(seeds, tasks, arms)):
-        name = matrix["arms"][label]["script"]
-        script, arguments = load_script(name), {"env_id": task, "seed": seed} | arms[label]
-        try:  # the machine that plays may have a GPU, or a compiler, where this one has none
-            elsewhere = {"device": "cpu"} | ({"compile": False} if "compile" in arguments else {})
-            checked = script.check_args(script.Args(**arguments | elsewhere))
-            if (name, task) not in known:
-                script.env_protocol(checked)
-                known.add((name, task))
-        except SystemExit as error:
-            fail(f"{path}: arms.{label}: {str(error).removeprefix('error: ')}")
-        # Some flags decide others (--paper-literal): these are what args.json will hold.
-        arguments |= {name: getattr(checked, name) for name in arguments.keys() - elsewhere.keys()}
-        settings = vars(checked).keys() - script.MAY_CHANGE - {"run_dir", "checkpoint_interval"}
-        settings = {name: getattr(checked, name) for name in settings}
-        rollout_size = checked.num_envs * checked.num_steps
-        origin = matrix["arms"][label].get("beginning_of")
-        if origin and checked.anneal_lr:
-            fail(f"{path}: arms.{label}: beginning_of, but with an annealed step size a longer run begins differently")
-        if origin and checked.total_timesteps % rollout_size:
-            fail(f"{path}: arms.{label}: beginning_of, but total-timesteps is no multiple of a rollout, {rollout_size}")
-        place = runs / path.stem / f"{file_name(task)}__{label}__{seed}"
-        result = result_path(results, origin or path.stem, task, label, seed)
-        plan.append(Run(index, task, label, seed, name, arguments, settings, cpus, float(gpus), place, result, origin))
-    return plan
+            fail(f"{path}: arms.{label}: a label consists of a-z, 0-9 and -")
+        check_keys(arm if type(arm) is dict else {}, ARM_KEYS, f"{path}: arms.{label}")
+    return matrix
 
 
-# ==================================================================================================
-# What is there of a run
-# ==================================================================================================
-def read_record(path: Path) -> dict:
+def load_script(name: str, where: str) -> types.ModuleType:
+    """One of the four, or a fork beside them, which has to have the same PARTS."""
+    if not (ROOT / name).is_file():
+        fail(f"{where}: there is no script {name!r} in {ROOT}")
     try:
-        record = json.loads(path.read_text())
-        return {"trained_steps": 0} | record | {"script": record["script"], "arguments": dict(record["arguments"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path} is damaged: {type(error).__name__}: {error}; move it away")
+        script = importlib.import_module(Path(name).stem)
+    except Exception as error:  # whatever is wrong with a fork
+        fail(f"{where}: script {name!r} cannot be imported: {type(error).__name__}: {error}")
+    if any(not hasattr(script, part) for part in PARTS):
+        fail(f"{where}: script {name!r} is none of the four nor a fork of one: it has not all of {', '.join(PARTS)}")
+    return script
 
 
-def difference(run: Run, path: Path) -> str:
-    """How the arguments or the steps that made `path` differ from the matrix's: one sentence, or ""."""
-    record = read_record(path)
-    if record["script"] != run.script:
-        return f"{path} is of {record['script']}, not of {run.script}"
-    if missing := run.arguments.keys() - record["arguments"].keys():
-        return f"{path} was made before --{min(missing).replace('_', '-')} existed"
-    ours, theirs = run.settings | run.arguments, record["arguments"]
-    if run.beginning_of:
-        if theirs["total_timesteps"] < ours["total_timesteps"]:
-            return f"{path} has {theirs['total_timesteps']} agent steps, fewer than {ours['total_timesteps']}"
-        ours = {name: value for name, value in ours.items() if name in run.settings}  # what came after is its own
-    for name, value in ours.items():  # a default may have changed since
-        if theirs.get(name, value) != value:
-            flag = name.replace("_", "-")
-            return f"{path} was made with --{flag} {theirs[name]}, not {value}"
-    rollout_size = run.settings["num_envs"] * run.settings["num_steps"]
-    total = run.arguments.get("total_timesteps", load_script(run.script).Args.total_timesteps)
-    if path == run.result and record["trained_steps"] < total // rollout_size * rollout_size:
-        return f"{path} has {record['trained_steps']} agent steps only"  # exported before the run had ended
-    return ""
-
-
-def is_played(run: Run) -> bool:
-    """Whether a process is at it: that has the log locked (see `sit`)."""
-    try:
-        with open(run.log, "r+b") as log:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def last_step(run: Run) -> int | None:
-    """Of the newest checkpoint that can be read. None if there is none."""
-    script = load_script(run.script)
-    if not (run.folder / "args.json").exists() or not script.checkpoint_paths(run.folder):
-        return None
-    try:
-        return script.load_checkpoint(run.folder, {})["progress"]["global_step"]
-    except SystemExit:
-        return None
-
-
-def is_finished(run: Run) -> bool:
-    games = run.arguments.get("eval_episodes", load_script(run.script).Args.eval_episodes)
-    return (run.folder / "model.pt").exists() and (games == 0 or (run.folder / "evaluation.json").exists())
-
-
-def find_state(run: Run) -> tuple[str, int | None]:
-    """(state, step): what of a run is there. Changes nothing."""
-    if run.result.exists() and run.result.with_suffix(".csv.gz").exists():
-        wrong = difference(run, run.result)
-        return (f"differs: {wrong}", None) if wrong else ("done", None)
-    if run.beginning_of:
-        return f"left to {run.beginning_of}", None
-    if is_played(run):
-        return "being played", None
-    if not run.folder.exists():
-        return "to do", None
-    step = last_step(run)
-    if not step:  # at step 0 nothing is lost, and a script that failed there may have been mended since
-        return "to do, what is there set aside", None
-    if wrong := difference(run, run.folder / "args.json"):
-        return f"differs: {wrong}", None
-    return ("played, to export", None) if is_finished(run) else (f"interrupted at {step}", step)
-
-
-def command(run: Run, step: int | None) -> list[str]:
-    """The script with its flags; with a step to go on from, the run's own arguments are taken."""
-    start = [sys.executable, os.path.relpath(ROOT / run.script)]
-    if step is not None:
-        return [*start, "--resume", str(run.folder)]
-    flags = {"threads": run.threads} | run.arguments | {"run_dir": run.folder}
+def flag_words(flags: dict[str, Any]) -> list[str]:
+    """As a command line has them."""
     words = []
     for name, value in flags.items():
         flag = name.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return start + words
+    return words
 
 
-def set_aside(folder: Path) -> None:
-    names = (folder.with_name(f"{folder.name}__aside{number}") for number in itertools.count(1))
-    folder.rename(next(name for name in names if not name.exists()))
+def parse_words(words: list[str], script: types.ModuleType, where: str) -> Any:
+    """The script's Args, read as the script will read them. What it would refuse is refused here, in one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return tyro.cli(script.Args, args=words)
+    except SystemExit:
+        _, *lines = (line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines())  # without box and title
+        text = " ".join(line for line in lines if line.strip("-")).partition(" For full helptext")[0]
+        fail(f"{where}: {script.__name__}.py: {text}")
 
 
-# ==================================================================================================
-# Playing
-# ==================================================================================================
-def sit(words: list[str], folder: Path, log_path: Path, cwd: str, gpus: float) -> Iterator[str | int]:
-    """One sitting of a run: yields the machine's name as it starts and the exit code as it ends.
+def file_name(task: str) -> str:
+    """Of a task's folders: its id, without what a file system does not take."""
+    return task.replace("/", "-").replace(":", "-")
 
-    If another process plays this run, or has begun or ended it since the command was made, yields nothing. On
-    KeyboardInterrupt the script is told to save, and waited for.
-    """
-    os.chdir(cwd)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A script whose watcher is gone is killed: it goes on from its last checkpoint, with no barrier that others lack.
+
+def result_path(results: Path, matrix: str, task: str, label: str, seed: int) -> Path:
+    """The .json of a run; its .csv.gz lies beside it."""
+    return results / matrix / file_name(task) / f"{label}_seed{seed}.json"
+
+
+def plan_runs(path: Path, runs: Path, results: Path) -> list[Run]:
+    """All runs of a matrix, the first seed's first. Ends with one line if one of them could not be played."""
+    matrix = load_matrix(path)
+    arms, plan = {}, []
+    for label, arm in matrix["arms"].items():
+        where, flags = f"{path}: arms.{label}", matrix["flags"] | arm.get("flags", {})
+        script = load_script(arm["script"], where)
+        if own := OWN_FLAGS & {flag.replace("-", "_") for flag in flags}:
+            fail(f"{where}: --{min(own).replace('_', '-')} is not for the matrix to set")
+        arms[label] = script, flags, parse_words(flag_words(flags), script, where)
+        if flags.get("device", "auto") not in ("auto", "cpu") and not matrix["gpus"]:
+            fail(f"{where}: device = {flags['device']!r}, but gpus = 0")
+    for seed, task, label in itertools.product(matrix["seeds"], matrix["tasks"], arms):
+        script, flags, parsed = arms[label]
+        try:
+            checked = dataclasses.replace(parsed, env_id=task, seed=seed, threads=matrix["cpus"])
+            if seed == matrix["seeds"][0]:
+                script.env_protocol(checked)  # ends with one line if there is no such task
+        except (ValueError, SystemExit) as error:
+            fail(f"{path}: arms.{label}: {str(error).removeprefix('error: ')}")
+        compared = vars(checked).keys() - script.MAY_CHANGE - OWN_FLAGS - {"checkpoint_interval"}
+        compared |= {"env_id", "seed", "total_timesteps"} | {flag.replace("-", "_") for flag in flags} - {"device"}
+        folder = runs / path.stem / f"{file_name(task)}__{label}__{seed}"
+        flags = {"env-id": task, "seed": seed, "threads": matrix["cpus"]} | flags | {"run-dir": folder}
+        result = result_path(results, path.stem, task, label, seed)
+        place = len(plan), matrix["gpus"], task, label, seed
+        plan.append(Run(*place, f"{script.__name__}.py", flags, vars(checked), compared, folder, result))
+    return plan
+
+
+def difference(run: Run, path: Path) -> str:
+    """How the run that wrote `path` differs from what the matrix says: one sentence, or ""."""
+    try:
+        record = json.loads(path.read_text())
+        script, theirs = record["script"], dict(record["arguments"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{path} is damaged: {type(error).__name__}: {error}; move it away")
+    if script != run.script:
+        return f"{path} is of {script}, not of {run.script}"
+    for name in sorted(run.compared):
+        flag, value = name.replace("_", "-"), run.values[name]
+        if theirs.get(name, "unknown" if flag in run.flags else value) != value:
+            return f"{path} was made with --{flag} {theirs.get(name, 'unknown')}, not {value}"
+    rollout = run.values["num_envs"] * run.values["num_steps"]
+    if record.get("trained_steps", run.values["total_timesteps"]) < run.values["total_timesteps"] // rollout * rollout:
+        return f"{path} has {record['trained_steps']} agent steps only"  # exported before it had ended
+    return ""
+
+
+def find_state(run: Run) -> str:
+    """What of a run is there. Changes nothing."""
+    if run.result.exists() and run.result.with_suffix(".csv.gz").exists():
+        wrong = difference(run, run.result)
+        return f"differs: {wrong}" if wrong else "done"
+    if not (run.folder / "checkpoint.pt").exists():
+        return "to do"
+    if wrong := difference(run, run.folder / "args.json"):
+        return f"differs: {wrong}"
+    if is_finished(run):
+        return "finished, not exported"
+    return f"interrupted at step {saved_step(run.folder)}"
+
+
+def is_finished(run: Run) -> bool:
+    evaluated = (run.folder / "evaluation.json").exists() or not run.values["eval_episodes"]
+    return evaluated and (run.folder / "model.pt").exists()
+
+
+def saved_step(folder: Path) -> int:
+    """Agent steps trained by the checkpoint."""
+    import torch
+
+    try:
+        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception as error:  # torch has no one kind for them
+        fail(f"{folder}/checkpoint.pt is damaged: {type(error).__name__}; move the folder away")
+
+
+def lock_log(run: Run) -> BinaryIO | None:
+    """The run's log, locked until both this process and a script started by it are done. None: another one plays it."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = open(run.log, "ab")
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return log
+
+
+def command(run: Run) -> list[str]:
+    """The script with its flags, or told to go on with what is there."""
+    goes_on = (run.folder / "checkpoint.pt").exists()
+    words = ["--resume", str(run.folder)] if goes_on else flag_words(run.flags)
+    return [sys.executable, os.path.relpath(ROOT / run.script), *words]
+
+
+def cpu_model() -> str:
+    known = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    found = re.search(r"model name\s*: (.*)", known)
+    return found[1] if found else platform.processor() or "unknown CPU"
+
+
+def hardware(gpu: bool) -> dict[str, Any]:
+    """Of this machine; `gpu` says whether the run could use one."""
+    query = "nvidia-smi --query-gpu=name --format=csv,noheader"
+    names = subprocess.run(query, shell=True, capture_output=True, text=True).stdout if gpu else ""
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "gpu": names.partition("\n")[0] or None}
+
+
+def write_result(path: Path, games: bytes, record: dict[str, Any]) -> None:
+    """`games`: the content of an episodes.csv, packed so that the same games give the same bytes. Then the .json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2) + "\n"
+    for target, data in ((path.with_suffix(".csv.gz"), gzip.compress(games, mtime=0)), (path, text.encode())):
+        temporary = target.with_name(f".{target.name}.{platform.node()}-{os.getpid()}")
+        temporary.write_bytes(data)
+        os.replace(temporary, target)  # whoever finds the file finds it whole
+
+
+def export(folder: Path, path: Path) -> str:
+    """A finished run's folder as `path` and the .csv.gz beside it. Returns its score, to be printed."""
+    record = json.loads((folder / "args.json").read_text())
+    record["arguments"]["run_dir"] = ""  # of no use elsewhere
+    gpu = record["arguments"]["device"] != "cpu" and not record["versions"]["torch"].endswith("+cpu")
+    file = folder / "evaluation.json"
+    evaluation = json.loads(file.read_text()) if file.exists() else None
+    record |= {"hardware": hardware(gpu), "trained_steps": saved_step(folder), "evaluation": evaluation}
+    write_result(path, (folder / "episodes.csv").read_bytes(), record)
+    return f"evaluation {evaluation['mean']:.1f} ± {evaluation['std']:.1f}" if evaluation else "not evaluated"
+
+
+def collect(folders: tuple[Path, ...], runs: list[Run]) -> None:
+    """Export runs made by hand. Nothing is overwritten."""
+    for folder in folders:
+        try:
+            arguments = json.loads((folder / "args.json").read_text())["arguments"]
+            which = arguments["env_id"], arguments["seed"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"{folder} is not the folder of a run: args.json: {error}")
+        candidates = [dataclasses.replace(run, folder=folder) for run in runs if (run.task, run.seed) == which]
+        wrong = [difference(run, folder / "args.json") for run in candidates] or [f"it has no {which}"]
+        if "" not in wrong:
+            fail(f"{folder} is no run of this matrix: {'; '.join(wrong)}")
+        run = candidates[wrong.index("")]
+        if (state := find_state(run)) != "finished, not exported":
+            fail(f"{folder} is {state}; {run.result}")
+        print(f"{run.result}: {export(folder, run.result)}")
+
+
+def train(run: Run, log: BinaryIO) -> int:
+    """The exit code of one sitting of the script. On KeyboardInterrupt it is told to save, and waited for."""
+    if run.folder.exists() and not (run.folder / "checkpoint.pt").exists():  # killed before it had learnt anything
+        run.folder.rename(run.folder.with_name(f"{run.folder.name}__{time.time_ns()}"))
     libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
-    die_with_parent = (lambda: libc.prctl(1, signal.SIGKILL)) if libc else None  # 1 is PR_SET_PDEATHSIG
-    environment = os.environ if gpus else os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    with open(log_path, "ab") as log:
+    process = subprocess.Popen(
+        command(run),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=os.environ if run.gpus else os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        start_new_session=True,  # a terminal's Ctrl-C reaches the script through this process alone, once
+        # If this process is killed, so is the script: nobody trains on unseen. 1 is PR_SET_PDEATHSIG.
+        preexec_fn=(lambda: libc.prctl(1, signal.SIGKILL)) if libc else None,
+    )
+    try:
+        while process.poll() is None:  # Ray's interruption does not end a wait
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    return process.returncode
+
+
+def play(run: Run, folder: str) -> tuple[bool, str]:
+    """Play one run to its end on this machine, from the working directory `folder`, with a second try after a failure.
+
+    Returns whether all is well, and what to say of it.
+    """
+    os.chdir(folder)
+    log = lock_log(run)
+    if not log:
+        return True, "another process plays it, left alone"
+    for _ in range(2):
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # inherited: held as long as the script lives
-        except BlockingIOError:
-            return
-        # Since the command was made, which may be hours ago, another process may have begun or ended this run.
-        resumes = "--resume" in words
-        if folder.exists() != resumes or (folder / "evaluation.json").exists():
-            return
-        yield platform.node()
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C reaches the script through this process alone, once
-            preexec_fn=die_with_parent,
-        )
-        try:
-            while process.poll() is None:  # Ray's interruption does not end a wait
-                time.sleep(0.2)
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
-        finally:
-            if folder.exists():
-                write(folder / "hardware.json", (json.dumps(hardware(gpus > 0)) + "\n").encode())
-        yield process.returncode
-
-
-def last_line(path: Path) -> str:
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 10_000))
-        lines = file.read().decode(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-
-
-def finish(run: Run) -> None:
-    record, seconds = export(run.folder, run.result)
-    result = record["evaluation"]
-    score = f"{result['mean']:.1f} ± {result['std']:.1f}" if result else "not asked for"
-    print(f"{run.name}: done in {seconds:.0f} s, evaluation {score}", flush=True)
-
-
-def prepare(run: Run, report: "Report") -> list[str] | None:
-    """The command of the next sitting. None if there is none left: whatever is finished is exported here."""
-    state, step = find_state(run)
-    if state == "played, to export":
-        report.finished(run)
-    if state == "done":  # by another process, if it failed here
-        report.failures.pop(run.index, None)
-    if state in ("done", "played, to export"):
-        return None
-    if state.startswith("to do,"):
-        set_aside(run.folder)
-    return command(run, step)
-
-
-class Report:
-    """Says what happens, and which runs are to be tried again."""
-
-    def __init__(self):
-        self.failures: dict[int, str] = {}  # by index
-
-    def started(self, run: Run, words: list[str], machine: str) -> None:
-        how = "goes on" if "--resume" in words else "starts"
-        print(f"{run.name}: {how} on {machine}", flush=True)
-
-    def finished(self, run: Run) -> None:
-        """Export it. What goes wrong there is listed, and stops no other run."""
-        self.failures.pop(run.index, None)
-        try:
-            finish(run)
+            code = 0 if is_finished(run) else train(run, log)
+            if is_finished(run):
+                return True, f"done, {export(run.folder, run.result)}"
+            *_, last_line = ["no output", *run.log.read_text(errors="replace").strip().splitlines()]
+            problem = f"exit code {code}: {last_line}" if code else "it was stopped from outside"
         except (OSError, ValueError, KeyError, SystemExit) as error:
-            self.failures[run.index] = f"played, but not exported: {str(error).removeprefix('error: ')}"
-            print(f"{run.name}: {self.failures[run.index]}", flush=True)
-
-    def ended(self, run: Run, problem: str) -> bool:
-        """After a sitting. `problem`: why there is no exit code of 0, or "". Returns whether to try again."""
-        if not problem and is_finished(run):
-            self.finished(run)
-            return False
-        problem = problem or "it was stopped from outside"
-        again = run.index not in self.failures
-        self.failures[run.index] = problem
-        print(f"{run.name}: failed, {problem}{'; trying once more' if again else ''}", flush=True)
-        return again
+            problem = str(error).removeprefix("error: ")
+    return False, f"{problem}; {run.log}"
 
 
-def outcome(run: Run, events: list[str | int]) -> str:
-    """Why a sitting that yielded these events came to nothing, or ""."""
-    if not events:
-        return f"another process plays it, or has begun or ended it meanwhile ({run.log})"
-    code = events[-1]
-    return "" if code == 0 else f"exit code {code}: {last_line(run.log)}"
-
-
-def play_here(runs: list[Run], report: Report) -> None:
-    """One after the other, in this process."""
-    for run in runs:
-        again = True
-        while again and (words := prepare(run, report)):
-            events = []
-            for event in sit(words, run.folder, run.log, os.getcwd(), run.gpus):
-                if not events:
-                    report.started(run, words, event)
-                events.append(event)
-            again = report.ended(run, outcome(run, events))
-
-
-def play_on_ray(runs: list[Run], report: Report, address: str | None) -> None:
-    """As many at a time as there are resources for."""
+def play_on_ray(runs: list[Run], address: str | None, tell: Callable[[Run, bool, str], None]) -> None:
+    """As many at a time as there are resources for; `tell` is called as each ends."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read as Ray is imported
+    if address and Path("~/.ray/auth_token").expanduser().exists():  # which the cluster's head made, since Ray 2.59
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError:
         fail("Ray is not installed: pip install -r requirements-dev.txt; or play one run with --only")
-    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    options = {"address": address, "include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     if address is None:
         options |= {"address": "local", "object_store_memory": 10**8}  # hardly anything is passed around
     host, _, port = (address or "").rpartition(":")
     try:
         if host and port.isdecimal():  # Ray itself would try again for ever
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(**{"address": address} | options)
+        ray.init(**options)
     except (OSError, ValueError, RuntimeError) as error:
         fail(f"--address {address}: {str(error).splitlines()[0]}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own
-    need = {"CPU": runs[0].threads, "GPU": runs[0].gpus}
+    need = {"CPU": runs[0].values["threads"], "GPU": runs[0].gpus}
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(machine.get(key, 0) >= amount for key, amount in need.items()) for machine in machines):
         ray.shutdown()
         fail(f"a run needs {need['CPU']} CPUs and {need['GPU']:g} GPUs, which no machine has")
-    player = ray.remote(sit).options(num_cpus=need["CPU"], num_gpus=need["GPU"], max_retries=0, num_returns="streaming")
-    sittings = {}  # generator of events -> (run, command, events so far)
-
-    def submit(run: Run) -> None:
-        if words := prepare(run, report):
-            sittings[player.remote(words, run.folder, run.log, os.getcwd(), run.gpus)] = run, words, []
-
+    # max_retries: where a machine is lost, the run goes on from its checkpoint on another one.
+    player = ray.remote(play).options(num_cpus=need["CPU"], num_gpus=need["GPU"], max_retries=1)
+    pending = {player.remote(run, os.getcwd()): run for run in runs}
     try:
-        for run in runs:
-            submit(run)
-        while sittings:
-            (events,), _ = ray.wait(list(sittings), num_returns=1)
-            run, words, seen = sittings[events]
+        while pending:
+            (ended,), _ = ray.wait(list(pending), num_returns=1)
             try:
-                seen.append(ray.get(next(events)))
-                if len(seen) == 1:
-                    report.started(run, words, seen[0])
-                continue
-            except StopIteration:
-                problem = outcome(run, seen)
+                tell(pending[ended], *ray.get(ended))
             except ray.exceptions.RayError as error:  # its machine or its watching process is gone
-                problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-            del sittings[events]
-            if report.ended(run, problem):
-                submit(run)
+                tell(pending[ended], False, str(error).strip().splitlines()[-1])
+            del pending[ended]
     except KeyboardInterrupt:
-        print("stopping: every run saves a checkpoint; repeat to exit at once", flush=True)
-        for events in sittings:
-            ray.cancel(events)
-        for events in sittings:
-            try:
-                for event in events:
-                    ray.get(event)
-            except ray.exceptions.RayError:
-                pass  # it was cancelled: its script has saved and is gone
+        print("stopping: every run saves; repeat to exit at once", flush=True)
+        for task in pending:
+            ray.cancel(task)
+        ray.wait(list(pending), num_returns=len(pending))
         raise
     finally:
         ray.shutdown()
 
 
-# ==================================================================================================
-# Main
-# ==================================================================================================
 def print_table(runs: list[Run]) -> None:
-    rows = [("index", "task", "arm", "seed", "state", "command")]
+    rows = [("index", "task", "label", "seed", "state", "command")]
     for run in runs:
-        state, step = find_state(run)
-        over = state in ("done", "being played", "played, to export") or state.startswith(("differs", "left to"))
-        words = "" if over else shlex.join(command(run, step))
-        rows.append((str(run.index), run.task, run.arm, str(run.seed), state, words))
+        state = "being played" if run.log.exists() and not lock_log(run) else find_state(run)
+        words = shlex.join(command(run)) if state.startswith(("to do", "interrupted")) else ""
+        rows.append((str(run.index), run.task, run.label, str(run.seed), state, words))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths[:-1])) + "  " + row[-1])
 
 
 def main(args: Args) -> None:
-    """Raises SystemExit with 1 if a run failed or the input is wrong, with 130 if it was interrupted."""
     for number in (signal.SIGINT, signal.SIGTERM):  # both raise KeyboardInterrupt, also where a shell ignores Ctrl-C
         signal.signal(number, signal.default_int_handler)
-    runs = load_matrix(args.matrix, args.runs, args.results)
-    if args.only is not None:
-        if not 0 <= args.only < len(runs):
-            fail(f"--only {args.only}: {args.matrix} has runs 0 to {len(runs) - 1}")
-        runs = [runs[args.only]]
+    runs = plan_runs(args.matrix, args.runs, args.results)
+    if args.only is not None and not 0 <= args.only < len(runs):
+        fail(f"--only {args.only}: {args.matrix} has runs 0 to {len(runs) - 1}")
+    runs = runs if args.only is None else [runs[args.only]]
+    if args.collect:
+        return collect(args.collect, runs)
     if args.dry_run:
-        print_table(runs)
-        return
+        return print_table(runs)
     for flag, folder in (("--runs", args.runs), ("--results", args.results)):
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            fail(f"{flag} {folder} cannot be written: {there} is {'not writable' if there.is_dir() else 'a file'}")
-    to_play = []
-    for run in runs:
-        state, _ = find_state(run)
-        if state.startswith("differs"):
-            fail(f"{state.removeprefix('differs: ')}; move it away, or give the matrix another name")
-        if state == "being played":
-            print(f"{run.name}: another process plays it, left alone")
-        elif state.startswith("left to"):
-            print(f"{run.name}: {state}, which has not played it yet")
-        elif state != "done":
-            to_play.append(run)
-    done = len(runs) - len(to_play)
-    print(f"{args.matrix}: {len(runs)} runs, {done} done or left alone, {len(to_play)} to play", flush=True)
-    report = Report()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            fail(f"{flag} {folder} cannot be written: {error.strerror}")
+    states = {run.index: find_state(run) for run in runs}
+    if wrong := [state for state in states.values() if state.startswith("differs")]:
+        fail(f"{wrong[0].removeprefix('differs: ')}; move it away, or give the matrix another name")
+    to_play = [run for run in runs if states[run.index] != "done"]
+    counts = f"{len(runs)} runs, {len(runs) - len(to_play)} done, {len(to_play)} to play"
+    print(f"{args.matrix}: {counts}; logs: {args.runs}/{args.matrix.stem}/", flush=True)
+    failures = []
+
+    def tell(run: Run, well: bool, text: str) -> None:
+        print(f"{run.name}: {text}", flush=True)
+        failures.extend([] if well else [f"failed: {run.name}: {text}"])
+
     try:
-        if args.only is not None:
-            play_here(to_play, report)
-        elif to_play:
-            play_on_ray(to_play, report, args.address)
+        for run in to_play if args.only is not None else ():
+            tell(run, *play(run, os.getcwd()))
+        if to_play and args.only is None:
+            play_on_ray(to_play, args.address, tell)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here")
         raise SystemExit(130) from None
-    for run in runs:
-        if run.index in report.failures:
-            print(f"failed: {run.name}: {report.failures[run.index]}; {run.log}", file=sys.stderr)
-    if report.failures:
-        raise SystemExit(1)
+    if failures:
+        raise SystemExit("\n".join(failures))  # to stderr, with exit code 1
 
 
 if __name__ == "__main__":

@@ -1,134 +1,151 @@
-"""The video shows what was seen, and all of it."""
+"""The video shows one game of a saved run as it is, and colours no more than what the gates let through."""
 
+import importlib
+import shutil
 import subprocess
 import sys
 
-import cv2
 import gymnasium as gym
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import CONTINUOUS, ROOT
 
+import ppo_atari_baseline
+import ppo_continuous_baseline
+import sprig_atari
+import sprig_continuous
 import watch
 
 
+def train(script, run_dir, env_id):
+    sizes = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "max_episode_steps": 12}
+    script.main(script.Args(run_dir=str(run_dir), env_id=env_id, total_timesteps=32, eval_episodes=0, **sizes))
+    return run_dir
+
+
 @pytest.fixture
-def run(script, tmp_path):
-    settings = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "max_episode_steps": 40}
-    script.main(script.Args(run_dir=str(tmp_path / "run"), total_timesteps=32, eval_episodes=0, **settings))
-    return tmp_path / "run"
+def drawn(monkeypatch):
+    """What each picture is drawn from: (screen, tiles, bars, line of text)."""
+    calls, draw = [], watch.Screen.draw
+    monkeypatch.setattr(watch.Screen, "draw", lambda *x: calls.append(x) or draw(*x))
+    return calls
 
 
-def test_video_and_sheet_show_every_step_truthfully(script, run):
-    video_path, sheet_path = watch.main(watch.Args(run, steps=25, sheet=4))
-    script, args, leader, follower, envs = watch.load_run(run)
-    moments = list(watch.play(script, args, leader, follower, envs, watch.Args(run, steps=25)))
-    obs, _ = envs.reset(seed=script.env_seeds(0, 2, num_envs=1))  # the game's first observation
+@pytest.mark.parametrize("script", [ppo_atari_baseline, sprig_atari], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("env_id", ["BeamRiderNoFrameskip-v4", "MinAtar/Breakout-v1"])
+def test_one_game_of_pixels(script, env_id, tmp_path, drawn):
+    run = train(script, tmp_path / "run", env_id)
+    (run / "checkpoint.pt").unlink()  # an agent in a repository: args.json and model.pt
+    video_path, sheet_path = watch.main(watch.Args(run, seed=3))
+    args, *_ = script.load_agent(run)
+    args.seed = 3
+    envs, first = script.begin_games(args, 2, num_envs=1)  # the game's first observation
     envs.close()
-    video = cv2.VideoCapture(str(video_path))
-    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == len(moments) == 25
-    received = leader.attention_received(torch.from_numpy(obs)) if hasattr(leader, "attention_received") else []
-    num_layers = {"ppo_atari_baseline": 0, "sprig_atari": 3}.get(script.__name__, len(received))  # last: of a fork
-    scale = 4 if num_layers else 8
-    for step, moment in enumerate(moments):
-        _, frame = video.read()
-        assert len(moment.pictures) == 1 + num_layers
-        assert sum(probability for _, probability, _ in moment.actions) == pytest.approx(1, abs=1e-5)
-        seen = moment.pictures[0][1]
-        shown = frame[watch.TITLE : watch.TITLE + 84 * scale, : 84 * scale]
-        assert np.abs(shown.astype(int) - seen).mean() < 6, "the left picture is what was seen (compression aside)"
-        if step == 0:
-            first = frame
-            np.testing.assert_array_equal(seen[::scale, ::scale, 0], obs[0, -1])
-    small = cv2.resize(first, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    on_sheet = cv2.imread(str(sheet_path))[: small.shape[0], : small.shape[1]]
-    assert np.abs(on_sheet.astype(int) - small).mean() < 6, "the sheet begins with the first frame"
+    with imageio.get_reader(video_path) as video:
+        frames, about = np.stack([frame for frame in video]), video.get_meta_data()
+    assert (about["codec"], about["pix_fmt"][:7]) == ("h264", "yuv420p")
+    data = video_path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat"), "a browser can play it before all of it has come"
+    assert len(frames) == len(drawn) <= 12, "one game, cut at 12 steps, and nothing of the next"
+    picture = drawn[0][1][0][1]
+    wanted = first[0].any(0) if "MinAtar" in env_id else first[0, -1]
+    np.testing.assert_array_equal(picture.any(-1) if picture.ndim == 3 else picture, wanted)
+    for _, tiles, bars, _ in drawn:
+        assert len(tiles) == (4 if script is sprig_atari else 1)
+        assert sum(end - start for start, end, _ in bars) == pytest.approx(1, abs=1e-5), "probabilities"
+    on_sheet = imageio.imread(sheet_path)[: frames.shape[1], : frames.shape[2], :3].astype(int)
+    assert on_sheet.std() > 5 and np.abs(on_sheet - frames[0]).mean() < 6, "the sheet begins with the first picture"
 
 
-def test_play_ends_with_the_game(script, run):
-    script, args, leader, follower, envs = watch.load_run(run)
-    assert args.max_episode_steps == 40
-    assert len(list(watch.play(script, args, leader, follower, envs, watch.Args(run, steps=100)))) == 40
-    envs.close()
+@pytest.mark.parametrize(("pixels", "convs"), [(84, sprig_atari.NATURE_CNN), (10, sprig_atari.SMALL_CNN)])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_colour_lies_at_the_centre_of_a_receptive_field(pixels, convs, depth):
+    layers = [torch.nn.Conv2d(1, 1, kernel, stride) for _, kernel, stride in convs[:depth]]
+    frame = torch.zeros(1, 1, pixels, pixels, requires_grad=True)
+    output = torch.nn.Sequential(*layers)(frame)[0, 0]
+    output[1, -1].backward()
+    field = frame.grad[0, 0].nonzero().numpy()  # the pixels that this location depends on
+    received = np.ones(output.shape)
+    received[1, -1] = 9
+    coloured = np.argwhere(watch.spread(received.ravel(), layers, pixels) == 9)
+    np.testing.assert_allclose(coloured.mean(0), (field.min(0) + field.max(0)) / 2)
+    assert len(coloured) == np.prod([stride for _, _, stride in convs[:depth]]) ** 2, "fields lie that far apart"
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
-@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "CartPole-v1", "dm_control/cheetah-run-v0"])
-def test_a_run_on_vectors_shows_environment_and_attention(name, env_id, tmp_path):
-    script, run = CONTINUOUS[name], tmp_path / "run"
-    settings = {"num_steps": 32, "minibatch_size": 16, "update_epochs": 1, "max_episode_steps": 30}
-    script.main(script.Args(env_id=env_id, run_dir=str(run), total_timesteps=32, eval_episodes=0, **settings))
-    command = [
-        sys.executable,
-        str(ROOT / "watch.py"),
-        str(run),
-        "--steps",
-        "8",
-    ]  # anew: how to draw is decided on import
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    if "cannot be rendered" in result.stderr:
-        pytest.skip(result.stderr.splitlines()[-1])
-    video = cv2.VideoCapture(str(run / "watch.mp4"))
-    frames = [video.read()[1] for _ in range(int(video.get(cv2.CAP_PROP_FRAME_COUNT)))]
-    assert len(frames) == 8
-    pictures = [frame[watch.TITLE : watch.TITLE + watch.SIDE, : watch.SIDE] for frame in frames]
-    assert pictures[0].std() > 5 and not np.array_equal(pictures[0], pictures[-1]), "a picture that moves"
-    assert (frames[0].shape[1] > 2.5 * watch.SIDE) == (name == "sprig_continuous"), "with the attention maps beside it"
+def test_what_a_closed_gate_holds_back_is_not_coloured():
+    leader = sprig_atari.Leader(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), sprig_atari.Args())
+    obs, grey, reddest = torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8), np.full((84, 84), 90.0), []
+    torch.nn.init.normal_(leader.blocks[2].project.weight)  # each location looks at few others
+    for gate in (0.0, 0.001, 1.0):
+        torch.nn.init.constant_(leader.blocks[2].gate, gate)
+        *_, (title, picture) = watch.attention_tiles(sprig_atari, leader, obs, grey)
+        reddest.append(picture[..., 0].astype(int).max() - 90)
+        assert title.startswith(f"layer 3, gate {gate:.3f}, entropy 0.") and ("pale" in title) == (gate < 0.1)
+        assert leader.blocks[2].gate.item() == pytest.approx(gate), "left as it was"
+    assert reddest[0] == 0 < reddest[1] < 40 < reddest[2]
 
 
-@pytest.mark.parametrize("picture", ["rgba", "grey", "none"])
-def test_whatever_a_task_renders_is_shown(picture, tmp_path, monkeypatch):
-    """In colour, with alpha, or nothing at all if its constructor knows no render_mode."""
-
-    class Task(gym.Env):
-        metadata = {"render_modes": ["rgb_array"]}
-        observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
-
-        def reset(self, *, seed=None, options=None):
-            return np.zeros(2, np.float32), {}
-
-        def step(self, action):
-            return np.zeros(2, np.float32), 0.0, False, False, {}
-
-    class Rendered(Task):
-        def __init__(self, render_mode=None):
-            self.render_mode = render_mode
-
-        def render(self):
-            return np.full((60, 81, 4) if picture == "rgba" else (60, 81), 200, dtype=np.uint8)
-
-    maker = Task if picture == "none" else Rendered
-    monkeypatch.setitem(gym.registry, "Task-v0", gym.envs.registration.EnvSpec("Task-v0", maker, max_episode_steps=9))
-    script, run = CONTINUOUS["ppo_continuous_baseline"], tmp_path / "run"
-    settings = {"num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "eval_episodes": 0}
-    script.main(script.Args(env_id="Task-v0", run_dir=str(run), total_timesteps=16, **settings))
-    _, sheet = watch.main(watch.Args(run, steps=4, sheet=2))
-    shades = cv2.imread(str(sheet))[60:150, 40:150]
-    assert np.abs(shades.astype(int) - (60 if picture == "none" else 200)).max() < 12
+NAMES = {  # the first action, the first row and column
+    "CartPole-v1": ("push left", "position"),
+    "HalfCheetah-v5": ("bthigh\n[-1, 1]", "pos rootz"),
+    "dm_control/cheetah-run-v0": ("bthigh\n[-1, 1]", "position 0"),
+    "Humanoid-v5": ("abdomen_y\n[-0.4, 0.4]", "pos x22"),
+}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": 0}, "--steps and --sheet must be positive"),
-        ({"fps": float("inf")}, "--fps must lie in"),
-        ({"fps": float("nan")}, "--fps must lie in"),
-        ({"seed": -1}, "--seed must lie in"),
-    ],
-)
-def test_numbers_that_make_no_film_are_refused(changes, message, tmp_path):
-    with pytest.raises(SystemExit, match=message):
-        watch.main(watch.Args(tmp_path, **changes))
+@pytest.mark.parametrize("env_id", NAMES)
+def test_one_game_of_vectors(env_id, tmp_path, drawn):
+    run = train(sprig_continuous, tmp_path / "run", env_id)
+    (run / "model.pt").unlink()  # as if it were not finished
+    watch.main(watch.Args(run, steps=3, output=tmp_path / "film"))
+    screen, _, bars, state = drawn[-1]
+    _, *maps, policy = ([label.get_text() for label in axes.get_xticklabels()] for axes in screen.figure.axes)
+    assert (policy[0], *(names[0] for names in maps)) == (*NAMES[env_id], *NAMES[env_id][1:] * 2)
+    assert all(len(names) <= 28 for names in maps), "no carpet of names"
+    assert state.startswith("step 3, score ") and all(0 <= end <= 1 for bar in bars for end in bar[:2])
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="is not the folder of a run"):
-        watch.main(watch.Args(tmp_path))
-    (tmp_path / "args.json").write_text('{"script": "json.py"}')
-    with pytest.raises(SystemExit, match="is a run of json.py, which is not in"):
-        watch.main(watch.Args(tmp_path))
+class Task(gym.Env):  # cannot be rendered
+    observation_space, action_space = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(0, 4, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+
+
+def test_a_fork_on_a_wrapped_task_that_cannot_be_rendered(tmp_path, drawn, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copy(sprig_continuous.__file__, tmp_path / "a_fork.py")
+    spec = gym.envs.registration.EnvSpec("Task-v0", lambda: gym.wrappers.RescaleAction(Task(), -2.0, 2.0))
+    monkeypatch.setitem(gym.registry, "Task-v0", spec)
+    watch.main(watch.Args(train(importlib.import_module("a_fork"), tmp_path / "run", "Task-v0")))
+    assert "warning: the environment cannot be rendered" in capsys.readouterr().err and len(drawn) == 12
+    screen, _, bars, _ = drawn[0]
+    labels = [label.get_text() for label in screen.figure.axes[-1].get_xticklabels()]
+    assert labels == ["action 0\n[-2, 2]", "action 1\n[-2, 2]"], "bounds as the agent meets them"
+    assert [start for start, *_ in bars] == [0.5, 0.5], "0 lies half way"
+
+
+def test_bad_input_is_refused_in_one_line_and_overwrites_nothing(tmp_path):
+    def refused(*arguments):
+        command = [sys.executable, watch.__file__, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
+        return result.stderr
+
+    run = train(ppo_continuous_baseline, tmp_path / "run", "CartPole-v1")
+    assert "is not the folder of a run" in refused(tmp_path / "nothing") and not (tmp_path / "nothing").exists()
     (tmp_path / "args.json").write_text('{"script": "sprig_tabular.py"}')
-    with pytest.raises(SystemExit, match="is a run of sprig_tabular.py, which cannot be watched"):
-        watch.main(watch.Args(tmp_path))
+    assert "none of the scripts" in refused(tmp_path)
+    assert "--fps lie in" in refused(run, "--fps", "nan")
+    assert "args.json cannot be written" in refused(run, "--output", run / "args.json")
+    (run / "watch.png").write_text("my own")
+    assert "would be overwritten" in refused(run)
+    assert (run / "watch.png").read_text() == "my own" and not (run / "watch.mp4").exists()
+    for seed in (0, 1):  # the second replaces the first
+        paths = watch.main(watch.Args(run, steps=8, output=tmp_path / "film", gif=True, seed=seed))
+    assert len(imageio.mimread(paths[2])) >= 2 and sorted(paths) == sorted((tmp_path / "film").iterdir())
