@@ -171,7 +171,7 @@ class Recorder(gym.Wrapper):
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.score, self.length, self.steps = self.score + float(reward), self.length + 1, self.steps + 1
-        self.account.steps += 1
+        self.account.steps += self.account.counts()
         self.account.actions.add(np.asarray(action).item())
         if terminated or truncated:
             self.games.append((self.score, self.length))
@@ -180,9 +180,10 @@ class Recorder(gym.Wrapper):
 
 
 @contextlib.contextmanager
-def recorded():
-    """An account of what gymnasium.make makes: envs; games, each with the steps taken in all up to its end; actions."""
-    real, account = gym.make, SimpleNamespace(envs=[], games=[], steps=0, actions=set())
+def recorded(counts=lambda: True):
+    """An account of what gymnasium.make makes: envs; games, each with the steps taken in all up to its end; actions.
+    Steps are counted while `counts()` holds."""
+    real, account = gym.make, SimpleNamespace(envs=[], games=[], steps=0, actions=set(), counts=counts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gym, "make", lambda *names, **options: Recorder(real(*names, **options), account))
         yield account
@@ -196,7 +197,7 @@ def finished(tmp_path_factory):
     def play(script):
         run = tmp_path_factory.mktemp(script.__name__) / "run"
         args = script.Args(run_dir=str(run), **small(script))
-        with recorded() as account:
+        with recorded(run.exists) as account:  # before, the task is tried
             evaluation = script.main(args)
         training = [game for game in account.games if game[0] <= args.total_timesteps]
         games = [(-(-steps // args.num_envs) * args.num_envs, *game) for steps, *game in training]

@@ -213,6 +213,7 @@ def test_damaged_arguments_are_refused(any_script, saved, damage):
 def test_changed_flags_are_refused_by_name(any_script, saved):
     refused(any_script, saved, "was trained with --gamma 0.99, not 0.9; leave out --gamma", gamma=0.9)
     refused(any_script, saved, "was trained with --seed 1, not 7", seed=7)
+    refused(any_script, saved, "has taken 384 steps already", total_timesteps=128)
     with pytest.raises(SystemExit, match="leave out --seed"):
         any_script.main(any_script.Args(evaluate=str(saved), seed=7, **small(any_script)))
 
