@@ -283,10 +283,10 @@ BAD = {
 }
 BAD_PIXELS = {
     "misspelt": ({"env_id": "BeamRidrNoFrameskip-v4"}, "take e.g. BeamRiderNoFrameskip-v4"),
-    "bare name": ({"env_id": "Breakout"}, "take e.g. BreakoutNoFrameskip-v4"),
+    "bare name": ({"env_id": "Breakout"}, "take e.g. "),
     "vectors": ({"env_id": "CartPole-v1"}, "--env-id CartPole-v1 is none of the games"),
     "random skip": ({"env_id": "BeamRider-v4"}, "take e.g. BeamRiderNoFrameskip-v4"),
-    "memory": ({"env_id": "ALE/Breakout-ram-v5"}, "take e.g. BreakoutNoFrameskip-v4"),
+    "memory": ({"env_id": "ALE/Breakout-ram-v5"}, "take e.g. ALE/Breakout-v5"),
 }
 BAD_VECTORS = {
     "unknown task": ({"env_id": "Pendulem-v1"}, "--env-id Pendulem-v1 cannot be made"),
