@@ -1,458 +1,278 @@
-"""Runs that survive: resume, faults while saving and loading, signals, evaluation of a saved run."""
+"""Runs that are stopped, killed, damaged or moved go on as if nothing had happened, or say in one line why not."""
 
+import functools
 import json
 import os
-import pickle
 import random
 import re
+import resource
+import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from itertools import permutations
+from pathlib import Path
 
-import numpy as np
+import gymnasium as gym
 import pytest
 import torch
-from conftest import ATARI, ROOT, TWINS, build
-from test_runs import scalars
-
-SMALL = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 1, "max_episode_steps": 20}
-SMALL |= {"device": "cpu"}
-RUN = {**SMALL, "total_timesteps": 256, "checkpoint_interval": 64, "eval_episodes": 2, "anneal_lr": True, "threads": 1}
-
-
-def start(name, *flags, **settings):
-    """The script in a process of its own, to be killed."""
-    command = [sys.executable, str(ROOT / f"{name}.py"), *flags]
-    for key, value in settings.items():
-        flag = key.replace("_", "-")
-        command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(name, *flags, **settings):
-    process = start(name, *flags, **settings)
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
+from conftest import (
+    ATARI,
+    CONTINUOUS,
+    SCRIPTS,
+    TWINS,
+    Process,
+    contents,
+    games,
+    resume,
+    same_end,
+    set_clock,
+    small,
+    strike,
+    weights,
+    words,
+)
+from test_runs import events, scalars
 
 
-def same_end(a, b):
-    """Bit-identical weights, scalars and evaluation."""
-    assert scalars(a) == scalars(b)
-    assert json.loads((a / "evaluation.json").read_text()) == json.loads((b / "evaluation.json").read_text())
-    models = [torch.load(run / "model.pt", weights_only=True) for run in (a, b)]
-    for player in ("leader", "follower"):
-        for name, tensor in models[0][player].items():
-            assert torch.equal(tensor, models[1][player][name]), name
+@pytest.fixture
+def saved(any_script, finished, tmp_path):
+    """A copy of a finished run, to be damaged."""
+    return shutil.copytree(finished(any_script).run, tmp_path / "run")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run of each twin."""
-    runs = {}
-    for name, script in ATARI.items():
-        runs[name] = tmp_path_factory.mktemp("whole") / name
-        script.main(script.Args(run_dir=str(runs[name]), **RUN))
-    return runs
+def start(script, folder, *hooks, **changes):
+    """The small run in a process of its own, in `folder`/run."""
+    return Process(script, folder, *words(run_dir=folder / "run", **small(script, **changes)), before=hooks)
 
 
-@pytest.mark.parametrize(("name", "kills"), [(name, 5 if name == "sprig_atari" else 3) for name in ATARI])
-def test_a_run_killed_again_and_again_ends_like_one_left_alone(name, kills, tmp_path):
-    settings = {**RUN, "total_timesteps": 32 * (kills + 6), "checkpoint_interval": 32}
-    whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(name)
-    ATARI[name].main(ATARI[name].Args(run_dir=str(whole), **settings))
-    process = start(name, run_dir=run, **settings)
-    wait_for(lambda: (run / "checkpoint-0.pt").exists(), process)
-    for _ in range(kills):
-        before = set(os.listdir(run))
-        wait_for(lambda before=before: set(os.listdir(run)) != before, process)  # often in the middle of a save
-        time.sleep(rng.choice([0, 0, rng.random() * 0.1]))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
-        process = start(name, resume=run)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+# ---- Killed ------------------------------------------------------------------------------------------------------
+def test_a_run_killed_again_and_again_ends_like_one_left_alone(any_script, finished, tmp_path):
+    """Each sitting is killed as it is about to open or rename some file, or some time after its start."""
+    run, rng, died = tmp_path / "run", random.Random(any_script.__name__), 0
+    process = start(any_script, tmp_path, functools.partial(strike, run, rng.randrange(5, 12), signal.SIGKILL))
+    for count in rng.sample(range(1, 18), 5):
+        code, _, errors = process.wait()
+        died += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL), errors
+        process = Process(any_script, tmp_path, "--resume", str(run), before=[functools.partial(strike, run, count, 9)])
+    process.wait()
+    for _ in range(2):
+        process = Process(any_script, tmp_path, "--resume", str(run))
+        time.sleep(rng.random())
+        process.process.kill()
+        process.wait()
+    code, _, errors = Process(any_script, tmp_path, "--resume", str(run)).wait()
+    assert code == 0 and died >= 3, errors
+    same_end(finished(any_script).run, run)
+    assert scalars(finished(any_script).run) == scalars(run)
+
+
+@pytest.mark.parametrize("name", ATARI)
+def test_an_atari_run_is_resumed_exactly(name, tmp_path):
+    script, whole, run = ATARI[name], tmp_path / "whole", tmp_path / "run"
+    settings = {"env_id": "ALE/Breakout-v5", "total_timesteps": 128, "checkpoint_interval": 64, "num_steps": 32}
+    script.main(script.Args(run_dir=str(whole), **small(script, **settings)))
+    script.main(script.Args(run_dir=str(run), **small(script, **settings | {"total_timesteps": 64})))
+    resume(script, run, total_timesteps=128)
     same_end(whole, run)
 
 
-def wait_for(condition, process, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.001)
+def test_a_run_can_be_extended(any_script, finished, tmp_path):
+    run = tmp_path / "run"
+    any_script.main(any_script.Args(run_dir=str(run), **small(any_script, total_timesteps=256)))
+    code, _, errors = Process(any_script, tmp_path, "--resume", str(run), "--total-timesteps", "384").wait()
+    assert code == 0, errors
+    same_end(finished(any_script).run, run)
+    assert scalars(finished(any_script).run) == scalars(run)
+    assert json.loads((run / "args.json").read_text())["arguments"]["total_timesteps"] == 384
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_sigterm_saves_and_exits_cleanly(name, tmp_path):
+# ---- Signals -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_the_first_signal_saves_and_says_how_to_go_on(any_script, number, tmp_path):
+    """Between two checkpoints: the signal comes as the second rollout's games are written down."""
     run = tmp_path / "a run"
-    process = start(name, run_dir=run, **{**RUN, "total_timesteps": 100_000})
-    wait_for((run / "checkpoint-64.pt").exists, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and f"--resume '{run}'" in output
-    step = int(TWINS[name].checkpoint_paths(run)[0].stem.split("-")[1])
-    assert step >= 64 and not (run / "model.pt").exists()
-    process = start(name, resume=run, total_timesteps=step + 32, eval_episodes=60)
-    wait_for((run / "model.pt").exists, process)  # the evaluation has begun, or is about to
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and (f"--resume '{run}'" in output or "run saved" in output), errors
-    assert "Traceback" not in errors
+    settings = small(any_script, run_dir=run, checkpoint_interval=0)
+    hook = functools.partial(strike, run / "episodes.csv", 2, number)
+    code, _, errors = Process(any_script, tmp_path, *words(**settings), before=[hook]).wait()
+    assert code == 0 and "stopped at step 128; go on with: python " in errors and "Traceback" not in errors
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 128 and not (run / "model.pt").exists()
+    assert games(run) and any_script.load_agent(run)[0].resume is None
+    script, *flags = shlex.split(re.search("go on with: python (.*)", errors)[1])
+    assert Path(script).name == f"{any_script.__name__}.py"
+    before = games(run)
+    code, output, errors = Process(any_script, tmp_path, *flags).wait()
+    assert code == 0 and "evaluation over 2 games" in output, errors
+    steps = [step for step, _ in scalars(run)["losses/entropy"]]
+    assert games(run)[: len(before)] == before and steps == [64, 128, 192, 256, 320, 384]
 
 
-def test_a_signal_during_the_last_save_is_obeyed(script, tmp_path, monkeypatch, capsys):
-    saves, save = [], script.save_checkpoint
-
-    def interrupted(run_dir, parts, progress):
-        save(run_dir, parts, progress)
-        saves.append(progress["global_step"])
-        if saves[-1] == 64:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(script, "save_checkpoint", interrupted)
-    settings = {**RUN, "total_timesteps": 64, "checkpoint_interval": 0}
-    assert script.main(script.Args(run_dir=str(tmp_path / "run"), **settings)) == {} and saves == [0, 64]
-    assert "stopped at step 64; continue with: python" in capsys.readouterr().out
-    assert not (tmp_path / "run" / "model.pt").exists()
-    assert resume(script, tmp_path / "run")["returns"], "what was left to do is the evaluation"
+def test_a_signal_during_a_save_is_obeyed_after_it(any_script, finished, tmp_path):
+    hook = functools.partial(strike, tmp_path / "run" / ".checkpoint.pt.tmp", 4, signal.SIGTERM)  # the second rename
+    code, _, errors = start(any_script, tmp_path, hook).wait()
+    assert code == 0 and "stopped at step 128" in errors
+    assert Process(any_script, tmp_path, "--resume", str(tmp_path / "run")).wait()[0] == 0
+    same_end(finished(any_script).run, tmp_path / "run")
 
 
-def test_a_signal_during_the_evaluation_ends_it_and_the_run_can_go_on(script, tmp_path, monkeypatch, capsys):
-    run, real = tmp_path / "run", torch.random.fork_rng
-
-    def interrupted(**options):  # called as the first game begins
-        signal.raise_signal(signal.SIGTERM)
-        return real(**options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.random, "fork_rng", interrupted)
-        settings = {**RUN, "total_timesteps": 64, "checkpoint_interval": 0}
-        assert script.main(script.Args(run_dir=str(run), **settings)) == {}
-    assert "stopped at step 64; continue with: python" in capsys.readouterr().out
-    assert (run / "model.pt").exists() and not (run / "evaluation.json").exists()
-    assert resume(script, run)["returns"]
+def test_a_second_signal_ends_at_once_and_loses_nothing_saved(any_script, finished, tmp_path):
+    hook = functools.partial(strike, tmp_path / "run" / "episodes.csv", 3, signal.SIGINT, signal.SIGTERM)
+    code, *_ = start(any_script, tmp_path, hook).wait()
+    assert code == 128 + signal.SIGTERM
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 128
+    resume(any_script, tmp_path / "run")
+    same_end(finished(any_script).run, tmp_path / "run")
 
 
-@pytest.fixture
-def saved(script, whole, tmp_path):
-    """A copy of a finished run, to be damaged; its checkpoints are at 192 and 256."""
-    run = tmp_path / script.__name__
-    shutil.copytree(whole[script.__name__], run)
-    return run
+def interrupt_evaluation(run, number):
+    """Called in a run: sends it a signal at each step that is taken after the training."""
+
+    def paid(reward):
+        if (run / "model.pt").exists():
+            os.kill(os.getpid(), number)
+        return reward
+
+    real = gym.make
+    gym.make = lambda *names, **options: gym.wrappers.TransformReward(real(*names, **options), paid)
 
 
-def resume(script, run, **changes):
-    args = script.dataclasses.replace(script.read_args(run), resume=str(run), **changes)
-    return script.main(args)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_whose_evaluation_is_interrupted_can_go_on(any_script, number, finished, tmp_path):
+    run = tmp_path / "run"
+    code, output, errors = start(any_script, tmp_path, functools.partial(interrupt_evaluation, run, number)).wait()
+    assert not output and "Traceback" not in errors and not (run / "evaluation.json").exists()
+    assert code == -number or code == 1 and errors.endswith("error: interrupted; what was saved before is untouched\n")
+    resume(any_script, run)
+    same_end(finished(any_script).run, run)
 
 
-def test_two_checkpoints_are_kept_and_a_run_can_be_extended(script, saved):
-    assert [path.name for path in script.checkpoint_paths(saved)] == ["checkpoint-256.pt", "checkpoint-192.pt"]
-    before = scalars(saved)
-    resume(script, saved, total_timesteps=320)
-    after = scalars(saved)
-    assert after["losses/entropy"][:8] == before["losses/entropy"] and len(after["losses/entropy"]) == 10
-    assert (saved / "model-1.pt").exists() and (saved / "evaluation-1.json").exists(), "the first end is kept"
-    first, second = (torch.load(saved / name, weights_only=True)["follower"] for name in ("model-1.pt", "model.pt"))
-    assert not torch.equal(first["hidden.weight"], second["hidden.weight"])
+# ---- Another machine's clock -------------------------------------------------------------------------------------
+def test_a_clock_that_is_behind_or_ahead_changes_nothing(any_script, finished, tmp_path):
+    run, day = tmp_path / "run", 86_400
+    third = functools.partial(strike, run / "episodes.csv", 4, signal.SIGKILL)
+    assert start(any_script, tmp_path, third).wait()[0] == -9
+    for hooks in ([functools.partial(set_clock, -day), third], [functools.partial(set_clock, 400 * day)]):
+        Process(any_script, tmp_path, "--resume", str(run), before=hooks).wait()
+    same_end(finished(any_script).run, run)
+    assert scalars(finished(any_script).run) == scalars(run)
+    seconds = [float(row.split(",")[1]) for row in (run / "episodes.csv").read_text().splitlines()[1:]]
+    assert seconds == sorted(seconds) and 0 < seconds[-1] < day / 2, "sittings add up"
+    for tag in ("charts/episodic_return", "losses/entropy"):
+        times = [event.wall_time for event in events(run).Scalars(tag)]
+        assert times == sorted(times) and times[-1] - times[0] < day / 2
 
 
-def test_a_run_cannot_be_resumed_to_a_step_that_lies_behind_it(script, saved):
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    with pytest.raises(SystemExit, match="--total-timesteps 128: .* has taken 256 already"):
-        resume(script, saved, total_timesteps=128)
-    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before, "nothing is changed"
+# ---- Refused, and nothing changed --------------------------------------------------------------------------------
+def refused(script, run, message, **changes):
+    before = contents(run)
+    with pytest.raises(SystemExit) as exit:
+        resume(script, run, **{"total_timesteps": 512} | changes)
+    assert isinstance(exit.value.code, str) and re.match(f"error: .*{message}", exit.value.code), exit.value.code
+    assert "\n" not in exit.value.code and contents(run) == before
 
 
-DAMAGES = ["truncated", "flipped", "foreign", "incomplete", "other networks", "not finite", "malicious"]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(script, saved, whole, damage, capsys):
-    newest, older = script.checkpoint_paths(saved)
-    data = bytearray(newest.read_bytes())
-    if damage == "truncated":
-        newest.write_bytes(data[: len(data) // 2])
-    elif damage == "flipped":
-        data[len(data) // 2] ^= 1
-        newest.write_bytes(data)
-    elif damage == "foreign":
-        newest.write_text("not a checkpoint")
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "incomplete", "other networks", "code", "missing"])
+def test_a_damaged_checkpoint_is_refused(any_script, saved, damage, tmp_path):
+    path = saved / "checkpoint.pt"
+    data, state = path.read_bytes(), torch.load(path, weights_only=True)
+    if damage in ("truncated", "empty", "foreign"):
+        path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "foreign": b"{}"}[damage])
+    elif damage == "missing":
+        path.unlink()
     else:
-        state = torch.load(newest, weights_only=True)
-        if damage == "incomplete":
-            del state["leader_optimizer"]
-        elif damage == "other networks":
-            state["leader"] = {"conv.weight": torch.zeros(3)}
-        elif damage == "not finite":
-            next(iter(state["follower"].values()))[0] = float("nan")
-        else:
-            state["progress"] = Malice()
-        torch.save(state, newest)
-    resume(script, saved)
-    assert f"warning: {newest} cannot be read" in capsys.readouterr().err
-    assert not Malice.struck
-    same_end(whole[script.__name__], saved)
-
-
-def test_past_two_unreadable_checkpoints_a_run_still_keeps_its_last_two(script, saved):
-    for path in script.checkpoint_paths(saved):
-        path.write_bytes(b"")
-    shutil.copy(saved / "model.pt", saved / "checkpoint-200.pt")  # a third of no use
-    args = script.dataclasses.replace(script.read_args(saved), eval_episodes=0, total_timesteps=128)
-    script.main(script.dataclasses.replace(args, run_dir=str(saved.parent / "short")))  # up to before them
-    for path in script.checkpoint_paths(saved.parent / "short"):
-        shutil.copy(path, saved)
-    resume(script, saved, total_timesteps=192, eval_episodes=0)
-    steps = [int(path.stem.split("-")[1]) for path in script.checkpoint_paths(saved)]
-    assert steps == [256, 200, 192, 128], "what was unreadable stays, and takes no other's place"
-    resume(script, saved, total_timesteps=192, eval_episodes=0)
+        changes = {"incomplete": {"optimizer": None}, "other networks": {"follower": {"a": torch.zeros(3)}}}
+        torch.save(state | changes.get(damage, {"optimizer": Malice(tmp_path / "struck")}), path)
+    refused(any_script, saved, re.escape(f"{path} cannot be read"))
+    assert not (tmp_path / "struck").exists()
 
 
 class Malice:
-    """Runs code when it is unpickled without care."""
+    """Does something when it is unpickled without care."""
 
-    struck = False
+    def __init__(self, path):
+        self.path = path
 
     def __reduce__(self):
-        return strike, ()
+        return os.mkdir, (str(self.path),)
 
 
-def strike():
-    Malice.struck = True
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "a list", "unknown", "bad", "a word", "missing"])
+def test_damaged_arguments_are_refused(any_script, saved, damage):
+    path = saved / "args.json"
+    text, record = path.read_text(), json.loads(path.read_text())
+    texts = {"truncated": text[: len(text) // 2], "empty": "", "foreign": "\x00\xff", "a list": "[]"}
+    changes = {"unknown": {"no_such_flag": 1}, "bad": {"gamma": 2.0}, "a word": {"num_envs": "2"}}.get(damage, {})
+    path.write_text(texts.get(damage, json.dumps(record | {"arguments": record["arguments"] | changes})))
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(SystemExit, match=f"error: {re.escape(str(saved))} is not the folder of a run .*damaged"):
+        any_script.main(any_script.Args(resume=str(saved), **small(any_script)))
 
 
-def test_malice_would_have_struck():
-    pickle.loads(pickle.dumps(Malice()))
-    assert Malice.struck
-    Malice.struck = False
-
-
-def test_no_readable_checkpoint_is_an_error_and_changes_nothing(script, saved):
-    for path in script.checkpoint_paths(saved):
-        path.write_bytes(b"")
-    with pytest.raises(SystemExit, match="holds no checkpoint that can be read"):
-        resume(script, saved)
-
-
-def test_changed_arguments_are_refused_by_name(script, saved):
-    with pytest.raises(SystemExit, match="trained with --gamma 0.99, not 0.9"):
-        resume(script, saved, gamma=0.9)
-    with pytest.raises(SystemExit, match="give one of the two"):
-        resume(script, saved, evaluate=str(saved))
-    with pytest.raises(SystemExit, match="is not the folder of a run"):
-        script.main(script.Args(resume=str(saved / "nothing")))
-    record = json.loads((saved / "args.json").read_text())
-    del record["arguments"]["gae_lambda"]
-    (saved / "args.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match="was made by a version without --gae-lambda"):
-        resume(script, saved)
-    (saved / "args.json").write_text("{")
-    with pytest.raises(SystemExit, match="args.json is damaged"):
-        script.main(script.Args(resume=str(saved)))
-
-
-@pytest.mark.parametrize(("name", "value"), {"num_envs": "2", "env_id": None, "gamma": "0.99", "norm_adv": 1}.items())
-def test_a_saved_argument_of_another_type_is_named(script, saved, name, value):
-    record = json.loads((saved / "args.json").read_text())
-    record["arguments"][name] = value
-    (saved / "args.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match=f"args.json is damaged.*: --{name.replace('_', '-')} must be .*, not "):
-        script.read_args(saved)
-
-
-def test_what_has_changed_since_training_is_named_wherever_the_run_is_loaded(script, saved, capsys):
-    args = script.dataclasses.replace(script.read_args(saved), evaluate=str(saved))
-    script.main(args)
-    assert "warning" not in capsys.readouterr().err
-    record = json.loads((saved / "args.json").read_text())
-    record["versions"] |= {"script": "another text", "numpy": "1.0"}
-    (saved / "args.json").write_text(json.dumps(record))
-    script.main(args)
-    resume(script, saved, total_timesteps=288)
-    first, second = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
-    now = script.versions()
-    assert first == second and f"script another text, now {now['script']}; numpy 1.0, now {now['numpy']}: no" in first
-
-
-def test_a_run_that_was_moved_is_evaluated(saved, script, tmp_path):
-    moved = saved.rename(tmp_path / "moved here")
-    args = script.dataclasses.replace(script.read_args(moved), evaluate=str(moved), run_dir="")
-    assert len(script.main(args)["returns"]) == 2
-
-
-INTERRUPTED = """
-import runpy, signal, sys, torch
-signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers hand on that it is ignored
-torch.random.fork_rng = lambda **options: signal.raise_signal(signal.SIGINT)  # as the first game begins
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_an_interrupted_evaluation_ends_with_one_line(saved, script):
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    command = [sys.executable, "-c", INTERRUPTED, str(ROOT / f"{script.__name__}.py"), f"--evaluate={saved}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and result.stderr == "error: interrupted; nothing was saved\n", result.stderr
-    assert not result.stdout and {path.name: path.read_bytes() for path in saved.iterdir()} == before
-
-
-def test_no_file_is_moved_if_the_new_one_cannot_be_written(script, saved, monkeypatch):
-    def files():
-        return {path.name: path.read_bytes() for path in saved.iterdir() if not path.name.startswith("events")}
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    before, args = files(), script.read_args(saved)
-    monkeypatch.setattr(script.os, "fsync", full)
-    for changes in ({"resume": str(saved), "total_timesteps": 320}, {"evaluate": str(saved)}):
-        with pytest.raises(SystemExit, match="cannot be written: No space left on device; what was saved before is"):
-            script.main(script.dataclasses.replace(args, **changes))
-        assert files() == before
-
-
-def test_a_run_of_the_twin_is_refused(whole):
-    names = list(TWINS)
-    for name, other in (names, names[::-1]):
-        with pytest.raises(SystemExit, match=f"is a run of {other}.py"):
-            TWINS[name].main(TWINS[name].Args(resume=str(whole[other])))
-
-
-def test_a_flag_given_on_resume_is_compared_even_at_its_default(whole):
-    run = whole["ppo_atari_baseline"]
-    code, _, errors = finish("ppo_atari_baseline", resume=run, num_envs=8)
-    assert code == 1 and errors == f"error: {run} was trained with --num-envs 2, not 8; leave out --num-envs\n"
-
-
-def test_a_folder_removed_between_two_iterations_ends_the_run_with_one_line(script, tmp_path, monkeypatch):
-    run, real = tmp_path / "run", script.update
-
-    def update(*inputs):
-        shutil.rmtree(run, ignore_errors=True)
-        return real(*inputs)
-
-    monkeypatch.setattr(script, "update", update)
-    with pytest.raises(SystemExit, match=f"error: {run}.* cannot be written: No such file or directory"):
-        script.main(script.Args(run_dir=str(run), **RUN))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 24 MB: room for a first checkpoint, not for a third."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_a_disk_that_is_full_ends_the_run_with_one_line(name, small_disk):
-    run = small_disk / "run"
-    code, _, errors = finish(name, run_dir=run, **RUN)
-    assert code == 1 and "Traceback" not in errors
-    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]  # beside the progress bar
-    assert line.startswith(f"error: {run}") and "No space left on device" in line
-    assert TWINS[name].checkpoint_paths(run), "what was saved before is still there"
-    leader, follower, *_ = build(TWINS[name], TWINS[name].read_args(run))
-    TWINS[name].load_agent(run, leader, follower)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before(script, saved, monkeypatch):
-    newest = script.checkpoint_paths(saved)[0]
-    before = newest.read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        script.write_atomically(newest, b"half")
-    assert newest.read_bytes() == before and not list(saved.glob(".*"))
-
-
-@pytest.mark.parametrize("where", ["observation", "parameter"])
-def test_a_value_that_is_not_finite_stops_before_the_step(script, where):
-    args = script.Args()
-    leader, follower, *optimizers = build(script, args)
-    obs = torch.randint(0, 256, (8, 84, 84, 4), dtype=torch.uint8).permute(0, 3, 1, 2)
-    advantages = torch.randn(8)
-    if where == "observation":
-        advantages[3] = float("nan")
-    else:
-        next(leader.parameters()).data[0, 0] = float("inf")
-    batch = script.Batch(obs, torch.zeros(8).long(), torch.zeros(8), torch.zeros(8), advantages, torch.randn(8))
-    before = [p.clone() for module in (leader, follower) for p in module.parameters()]
-    first = next(name for name, _ in leader.named_parameters())
-    expected = re.escape(f"the parameter leader.{first}") if where == "parameter" else "is not finite"
-    with pytest.raises(FloatingPointError, match=expected):
-        script.update(leader, follower, *optimizers, batch, script.dataclasses.replace(args, minibatch_size=8))
-    after = [p for module in (leader, follower) for p in module.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after) if a.isfinite().all())
-
-
-def test_a_run_that_diverges_names_iteration_and_checkpoint(script, tmp_path, monkeypatch):
-    def diverged(*inputs):
-        raise FloatingPointError("the loss is not finite")
-
-    monkeypatch.setattr(script, "update", diverged)
-    with pytest.raises(SystemExit, match="iteration 1: the loss is not finite; the last good checkpoint is .*-0.pt"):
-        script.main(script.Args(run_dir=str(tmp_path / "run"), **RUN))
-
-
-def test_a_real_divergence_is_caught_before_it_is_saved(script, tmp_path):
-    settings = {**RUN, "checkpoint_interval": 32, "learning_rate": 1e30, "anneal_lr": False}
-    with pytest.raises(SystemExit, match="iteration 1: the .* is not finite; the last good checkpoint is .*-0.pt"):
-        script.main(script.Args(run_dir=str(tmp_path / "run"), **settings))
-    assert [path.name for path in script.checkpoint_paths(tmp_path / "run")] == ["checkpoint-0.pt"]
-
-
-def test_evaluate_in_a_new_process_repeats_the_evaluation_after_training(script, saved):
-    after_training = json.loads((saved / "evaluation.json").read_text())
-    code, output, errors = finish(script.__name__, evaluate=saved)
-    assert code == 0 and "evaluation over 2 games" in output, errors
-    assert json.loads((saved / "evaluation.json").read_text()) == after_training
-    assert json.loads((saved / "evaluation-1.json").read_text()) == after_training, "the first one is kept"
-    (saved / "model.pt").unlink()  # a run that was stopped: from its newest checkpoint
-    args = script.dataclasses.replace(script.read_args(saved), evaluate=str(saved))
-    assert script.main(args) == after_training
-    with pytest.raises(SystemExit, match="at least one game"):
-        script.main(script.dataclasses.replace(args, eval_episodes=0))
+def test_changed_flags_are_refused_by_name(any_script, saved):
+    refused(any_script, saved, "was trained with --gamma 0.99, not 0.9; leave out --gamma", gamma=0.9)
+    refused(any_script, saved, "was trained with --seed 1, not 7", seed=7)
+    refused(any_script, saved, "has taken 384 steps already", total_timesteps=128)
     with pytest.raises(SystemExit, match="leave out --seed"):
-        script.main(script.dataclasses.replace(args, seed=7))
+        any_script.main(any_script.Args(evaluate=str(saved), seed=7, **small(any_script)))
 
 
-def test_a_loaded_agent_acts_like_the_trained_one(script, tmp_path, monkeypatch):
-    obs = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 4, 84, 84), dtype=np.uint8))
-    seen = []
-
-    def evaluate(leader, follower, args, device, stop):
-        with torch.no_grad():
-            seen.append(follower(leader(obs))[0])
-        return {"returns": [0.0], "lengths": [1], "mean": 0.0, "std": 0.0}
-
-    monkeypatch.setattr(script, "evaluate", evaluate)
-    script.main(script.Args(run_dir=str(tmp_path / "run"), **{**RUN, "total_timesteps": 64}))
-    leader, follower, *_ = build(script, script.read_args(tmp_path / "run"))
-    script.load_agent(tmp_path / "run", leader, follower)
-    with torch.no_grad():
-        assert torch.equal(follower(leader(obs))[0], seen[0])
+def command_line_refused(script, saved, monkeypatch, message, *argv):
+    before = contents(saved)
+    monkeypatch.setattr("sys.argv", ["script", *argv])
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        script.main(script.parse_args())
+    assert contents(saved) == before
 
 
-def test_a_gpu_that_cannot_be_used_does_not_disturb_a_run_on_the_cpu(script, tmp_path, monkeypatch):
-    def too_old():
-        raise RuntimeError("The NVIDIA driver on your system is too old")
+def test_command_lines_that_do_not_fit_a_saved_run_are_refused(any_script, saved, monkeypatch):
+    check, run = functools.partial(command_line_refused, any_script, saved, monkeypatch), str(saved)
+    default = str(any_script.Args().num_envs)  # what is given is compared even at its default
+    check(f"trained with --num-envs 2, not {default}; leave out --num-envs", "--resume", run, "--num-envs", default)
+    check("--evaluate plays: leave out --resume", "--evaluate", run, "--resume", run)
+    check("let --eval-episodes be at least 1", "--evaluate", run, "--eval-episodes", "0")
+    monkeypatch.chdir(run)  # an empty name is not that of this folder
+    check("an empty name", "--resume", "")
+    check("an empty name", "--evaluate", "")
 
-    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 1)  # the driver is there, but not for this PyTorch
-    monkeypatch.setattr(torch.cuda.random, "_lazy_init", too_old)
-    args = script.Args(run_dir=str(tmp_path / "run"), **{**RUN, "total_timesteps": 64, "eval_episodes": 0})
-    script.main(args)
-    script.main(script.dataclasses.replace(args, resume=str(tmp_path / "run"), total_timesteps=128))
-    assert (tmp_path / "run" / "checkpoint-128.pt").exists()
+
+@pytest.mark.parametrize(("name", "twin"), [*permutations(TWINS), *permutations(CONTINUOUS)])
+def test_a_run_of_the_twin_is_refused(name, twin, finished):
+    refused(SCRIPTS[name], finished(SCRIPTS[twin]).run, f"that is a run of {twin}.py")
+
+
+# ---- Faults of the machine and of the numbers --------------------------------------------------------------------
+def test_a_disk_that_takes_no_more_ends_a_run_with_one_line(any_script, finished, tmp_path):
+    """By a limit on a file's size: the second checkpoint, with Adam's moments, is three times as large as the first."""
+    run, size = tmp_path / "run", 2 * (finished(any_script).run / "model.pt").stat().st_size
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    code, output, errors = start(any_script, tmp_path, limit).wait()
+    assert code == 1 and not output and "Traceback" not in errors, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]  # beside the progress
+    assert re.match("error: .* cannot be written: File too large; what was saved before is untouched$", line), line
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 0
+    resume(any_script, run)
+    same_end(finished(any_script).run, run)
+
+
+def test_a_run_that_diverges_names_step_and_checkpoint_and_saves_no_broken_agent(any_script, tmp_path, monkeypatch):
+    """In the third rollout the step size is such that the second of two gradient steps meets what is not finite."""
+    run, real, calls = tmp_path / "run", any_script.update, []
+
+    def update(leader, follower, optimizer, batch, args):
+        calls.append(len(calls))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e30 if len(calls) == 3 else group["lr"]
+        return real(leader, follower, optimizer, batch, args)
+
+    monkeypatch.setattr(any_script, "update", update)
+    with pytest.raises(SystemExit) as exit:
+        any_script.main(any_script.Args(run_dir=str(run), **small(any_script)))
+    assert re.match(
+        r"error: after step 128: \S+ is not finite; the checkpoint of step 128 in .*run is good$", exit.value.code
+    )
+    assert all(x.isfinite().all() for x in weights(run / "checkpoint.pt").values()) and not (run / "model.pt").exists()
+    monkeypatch.undo()
+    resume(any_script, run)  # good indeed
+    assert (run / "model.pt").exists()

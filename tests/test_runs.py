@@ -1,293 +1,347 @@
-"""Whole runs of `main`: they learn, repeat themselves, and refuse bad input."""
+"""Whole runs of `main`: they leave what they promise, repeat themselves, learn, and refuse bad input."""
 
-import errno
+import dataclasses
 import hashlib
 import json
 import os
-import stat
+import re
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import CONTINUOUS, ROOT, TWINS
-from patch_task import PatchEnvs
+from conftest import (
+    ATARI,
+    FORKS,
+    ROOT,
+    SCRIPTS,
+    VECTORS,
+    Process,
+    games,
+    recorded,
+    same,
+    same_end,
+    small,
+    weights,
+    words,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SMALL = {"total_timesteps": 128, "num_envs": 2, "num_steps": 32, "minibatch_size": 32, "eval_episodes": 0}
-SMALL |= {"device": "cpu"}  # where equal runs are equal bit for bit; tests/test_gpu.py is for GPUs
+LOSSES = "policy_loss value_loss entropy approx_kl clipfrac explained_variance"
+CLEANRL = {f"losses/{name}" for name in LOSSES.split()}
+CLEANRL |= {f"charts/{name}" for name in ("episodic_return", "episodic_length", "SPS", "learning_rate")}
 
 
-def scalars(run_dir):
+def events(run):
+    loaded = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
+    loaded.Reload()
+    return loaded
+
+
+def scalars(run):
     """Tag -> [(step, value)], without the one that measures time."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag != "charts/SPS"
-    }
+    loaded = events(run)
+    tags = set(loaded.Tags()["scalars"]) - {"charts/SPS"}
+    return {tag: [(e.step, e.value) for e in loaded.Scalars(tag)] for tag in tags}
 
 
-@pytest.mark.parametrize("shuffled", [False, True], ids=["rewarded", "shuffled"])
-def test_learns_where_things_are(script, tmp_path, monkeypatch, shuffled):
-    monkeypatch.setattr(script, "make_envs", lambda args: PatchEnvs(args.num_envs, shuffled))
-    args = script.Args(
-        run_dir=str(tmp_path / "run"), total_timesteps=1024 if shuffled else 2048, num_steps=32,
-        learning_rate=3e-4, gamma=0.5, eval_episodes=20, device="cpu",
-    )  # fmt: skip
-    evaluation = script.main(args)
-    if not shuffled:
-        assert evaluation["mean"] > 0.9 * PatchEnvs.optimum
-        return
-    # The control: judged by the true rule, a policy trained on random rewards is at chance.
-    monkeypatch.setattr(script, "make_envs", lambda args: PatchEnvs(args.num_envs))
-    envs = PatchEnvs(20)
-    leader = script.Leader(envs.single_observation_space, args)
-    follower = script.Follower(leader.num_features, envs.single_action_space)
-    model = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
-    leader.load_state_dict(model["leader"])
-    follower.load_state_dict(model["follower"])
-    assert script.evaluate(leader, follower, args, torch.device("cpu"))["mean"] < 0.5 * PatchEnvs.optimum
+# ---- What a run leaves -------------------------------------------------------------------------------------------
+def test_a_run_leaves_what_it_promises(any_script, finished):
+    run, args = finished(any_script).run, finished(any_script).args
+    left = {path.name for path in run.iterdir() if not path.name.startswith("events.out.tfevents.")}
+    assert left == {"args.json", "episodes.csv", "checkpoint.pt", "model.pt", "evaluation.json"}
+    record = json.loads((run / "args.json").read_text())
+    assert record["script"] == f"{any_script.__name__}.py" and record["arguments"] == dataclasses.asdict(args)
+    assert record["protocol"] == any_script.env_protocol(args) and record["protocol"]["env_id"] == args.env_id
+    text = (ROOT / record["script"]).read_bytes()
+    assert record["versions"]["script"] == hashlib.sha256(text).hexdigest()
+    assert record["versions"]["torch"] == torch.__version__ and "gymnasium" in record["versions"]
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == args.total_timesteps
+    assert same(run / "checkpoint.pt", run / "model.pt")
+    assert json.loads((run / "evaluation.json").read_text()) == finished(any_script).evaluation
 
 
-def test_same_seed_writes_the_same_scalars_and_weights(script, tmp_path):
-    for name in ("a", "b", "c"):
-        script.main(
-            script.Args(run_dir=str(tmp_path / name), seed=2 if name == "c" else 1, max_episode_steps=20, **SMALL)
-        )
-    a, b, c = (scalars(tmp_path / name) for name in ("a", "b", "c"))
-    assert a == b and a != c
-    assert len(a["losses/value_loss"]) == 2 and len(a["charts/episodic_return"]) == 6
-    a, b = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("a", "b"))
-    for player in ("leader", "follower"):
-        assert all(torch.equal(a[player][key], b[player][key]) for key in a[player])
+def test_episodes_csv_has_a_row_for_each_whole_game(any_script, finished):
+    truth = finished(any_script).games
+    assert len(truth) >= 12 and games(finished(any_script).run) == [
+        (steps, pytest.approx(score), length) for steps, score, length in truth
+    ]
 
 
-def test_a_run_leaves_what_it_promises(script, tmp_path):
-    args = script.Args(
-        run_dir=str(tmp_path), env_id="ALE/Breakout-v5", anneal_lr=True, clip_value_loss=True,
-        **{**SMALL, "eval_episodes": 2}, max_episode_steps=60,
-    )  # fmt: skip
-    evaluation = script.main(args)
-    record = json.loads((tmp_path / "args.json").read_text())
-    assert record["arguments"]["gamma"] == 0.99 and record["versions"]["torch"]
-    text = (ROOT / f"{script.__name__}.py").read_bytes()
-    assert record["versions"]["script"] == hashlib.sha256(text).hexdigest()[:12]
-    assert record["protocol"]["repeat_action_probability"] == 0.25 and record["protocol"]["max_frames_per_game"] == 240
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
-    assert len(evaluation["returns"]) == len(evaluation["lengths"]) == 2 and max(evaluation["lengths"]) <= 60
-    logged = scalars(tmp_path)
-    assert [value for _, value in logged["charts/learning_rate"]] == pytest.approx([1e-4, 5e-5])
-    promised = "policy_loss value_loss entropy approx_kl clipfrac explained_variance".split()
-    assert {f"losses/{name}" for name in promised} <= set(logged)
+def test_tensorboard_shows_the_same_under_cleanrls_tags(any_script, finished):
+    run, args = finished(any_script).run, finished(any_script).args
+    logged, rollout = scalars(run), args.num_envs * args.num_steps
+    assert CLEANRL <= set(events(run).Tags()["scalars"])
+    steps, returns, lengths = zip(*games(run))
+    assert logged["charts/episodic_return"] == [(a, pytest.approx(b)) for a, b in zip(steps, returns)]
+    assert logged["charts/episodic_length"] == list(zip(steps, lengths))
+    assert [step for step, _ in logged["losses/entropy"]] == list(range(rollout, args.total_timesteps + 1, rollout))
+    if hasattr(any_script, "leader_loss"):
+        tags = {tag for tag in logged if tag.startswith("leader/")}
+        assert {"leader/utility", "leader/perception_cost", "leader/grad_norm"} <= tags
+        if any_script.__name__ not in FORKS:  # they may attend otherwise
+            assert {"leader/gate_1", "leader/attention_entropy_1", "leader/kl"} <= tags
+        images = events(run).Images("leader/attention")
+        assert [image.step for image in images] == [rollout, args.total_timesteps], "at the beginning and at the end"
 
 
-def test_evaluation_is_repeatable_and_counts_each_game_once(script, tmp_path):
-    args = script.Args(eval_episodes=3, max_episode_steps=40)
-    envs = script.make_envs(args)
-    leader = script.Leader(envs.single_observation_space, args)
-    follower = script.Follower(leader.num_features, envs.single_action_space)
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    first, second = (script.evaluate(leader, follower, args, torch.device("cpu")) for _ in range(2))
-    assert first == second and first["lengths"] == [40, 40, 40]
-    assert torch.equal(state, torch.get_rng_state())
+def test_the_learning_rate_falls_if_asked_to(any_script, tmp_path):
+    settings = small(any_script, anneal_lr=True, learning_rate=1e-3, eval_episodes=0)
+    assert any_script.main(any_script.Args(run_dir=str(tmp_path / "run"), **settings)) == {}
+    rates = [value for _, value in scalars(tmp_path / "run")["charts/learning_rate"]]
+    assert rates == pytest.approx([1e-3 * (6 - k) / 6 for k in range(6)])
+    assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
+@pytest.mark.parametrize("name", ATARI)
+def test_an_atari_run_records_how_the_game_is_played(name, tmp_path):
+    script, run = ATARI[name], tmp_path / "run"
+    settings = {"env_id": "ALE/Breakout-v5", "total_timesteps": 64, "max_episode_steps": 60}
+    evaluation = script.main(script.Args(run_dir=str(run), **small(script, **settings)))
+    emulator = json.loads((run / "args.json").read_text())["protocol"]["emulator"]
+    assert emulator["repeat_action_probability"] == 0.25 and emulator["max_num_frames_per_episode"] == 240
+    assert evaluation["lengths"] == [60, 60] and evaluation["protocol"]["emulator"] == emulator
+
+
+# ---- Repeatable --------------------------------------------------------------------------------------------------
+def test_the_same_seed_ends_alike_and_another_does_not(any_script, finished, tmp_path):
+    for name, seed in (("same", 1), ("other", 2)):
+        any_script.main(any_script.Args(run_dir=str(tmp_path / name), seed=seed, **small(any_script)))
+    whole = finished(any_script).run
+    same_end(whole, tmp_path / "same")
+    assert scalars(whole) == scalars(tmp_path / "same")
+    assert games(whole) != games(tmp_path / "other") and not same(whole / "model.pt", tmp_path / "other" / "model.pt")
+
+
+def test_a_task_that_draws_from_global_generators_repeats_itself_and_is_resumed_exactly(any_script, tmp_path):
+    task = "MinAtar/Dice-v1" if any_script.__name__ in ATARI else "Dice-v0"
+    runs = [tmp_path / name for name in "abc"]
+    for run in runs[:2]:
+        any_script.main(any_script.Args(run_dir=str(run), **small(any_script, env_id=task)))
+    args = any_script.Args(run_dir=str(runs[2]), **small(any_script, env_id=task, total_timesteps=256))
+    any_script.main(args)
+    any_script.main(dataclasses.replace(args, resume=str(runs[2]), total_timesteps=384))
+    same_end(runs[0], runs[1])
+    same_end(runs[0], runs[2])
+
+
+# ---- Evaluation --------------------------------------------------------------------------------------------------
+def test_an_evaluation_repeats_itself_and_counts_the_first_game_of_each_environment(any_script):
+    task = "MinAtar/Dice-v1" if any_script.__name__ in ATARI else "Dice-v0"
+    args = any_script.Args(**small(any_script, env_id=task, eval_episodes=6, max_episode_steps=100))
+    leader, follower = any_script.make_agent(args, "cpu")
+    first = any_script.evaluate(leader, follower, args)
+    with recorded() as account:
+        assert any_script.evaluate(leader, follower, args) == first
+    played = [env for env in account.envs if env.steps]
+    assert list(zip(first["returns"], first["lengths"])) == [env.games[0] for env in played]
+    assert len(set(first["lengths"])) > 2, "games of several lengths, or the first to end could be counted unnoticed"
+    assert first["mean"] == pytest.approx(sum(first["returns"]) / 6)
+    if any_script.__name__ in VECTORS:
+        assert all(env.steps == env.games[0][1] for env in played), "a game that is over idles"
+
+
+def test_a_greedy_evaluation_takes_the_most_probable_action(any_script):
+    args = any_script.Args(**small(any_script))
+    leader, follower = any_script.make_agent(args, "cpu")
+    for parameter in follower.parameters():
+        torch.nn.init.zeros_(parameter)  # all actions equally probable, or a standard normal
+    for greedy in (False, True):
+        with recorded() as account:
+            result = any_script.evaluate(leader, follower, dataclasses.replace(args, eval_greedy=greedy))
+        assert result["greedy"] is greedy and (account.actions == {0}) is greedy
+
+
+def test_an_evaluation_in_a_new_process_repeats_that_after_training(any_script, finished, tmp_path):
+    run = shutil.copytree(finished(any_script).run, tmp_path / "moved here")
+    (run / "evaluation.json").unlink()
+    code, output, errors = Process(any_script, tmp_path, "--evaluate", str(run)).wait()
+    assert code == 0 and "evaluation over 2 games" in output, errors
+    same_end(finished(any_script).run, run)
+
+
+@pytest.mark.parametrize("removed", ["model.pt", "checkpoint.pt"])
+def test_a_loaded_agent_is_the_trained_one(any_script, finished, tmp_path, removed):
+    run = shutil.copytree(finished(any_script).run, tmp_path / "run")
+    (run / removed).unlink()
+    args, leader, follower = any_script.load_agent(run)
+    assert args == finished(any_script).args
+    loaded = {f"leader.{name}": x for name, x in leader.state_dict().items()}
+    loaded |= {f"follower.{name}": x for name, x in follower.state_dict().items()}
+    trained = weights(finished(any_script).run / "model.pt")
+    assert loaded.keys() == trained.keys() and all(torch.equal(loaded[name], trained[name]) for name in trained)
+    assert any_script.evaluate(leader, follower, args) == finished(any_script).evaluation
+
+
+# ---- Learning ----------------------------------------------------------------------------------------------------
+@pytest.mark.learning
+def test_learns_where_things_are(any_script, tmp_path):
+    """Chance earns 0.25 a step, the optimum 1."""
+    task = "MinAtar/Dice-v1" if any_script.__name__ in ATARI else "Dice-v0"
+    settings = {"total_timesteps": 2048, "num_envs": 4, "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.5}
+    settings |= {"eval_episodes": 20, "checkpoint_interval": 0, "max_episode_steps": 100}
+    run = str(tmp_path / "run")
+    evaluation = any_script.main(any_script.Args(run_dir=run, **small(any_script, env_id=task, **settings)))
+    assert sum(evaluation["returns"]) / sum(evaluation["lengths"]) > 0.6
+
+
+# ---- Streams -----------------------------------------------------------------------------------------------------
+STREAMS = {"all closed": "<&- >&- 2>&-", "no stderr": "2>&-", "no reader": "| true", "ascii": ""}
+EACH = [(case, name) for i, case in enumerate(STREAMS) for j, name in enumerate(SCRIPTS) if name in FORKS or i == j]
+
+
+@pytest.mark.parametrize(("case", "name"), EACH)
+def test_streams_that_are_closed_or_narrow_end_no_run(case, name, tmp_path):
+    """A script for each, to save time: the lines concerned are the same in all."""
+    run, settings = tmp_path / "run", small(SCRIPTS[name], run_dir="run", total_timesteps=128)
+    encoding = {"PYTHONIOENCODING": "ascii"} if case == "ascii" else {}
+    for flags in (words(**settings), ["--help"]):
+        command = " ".join([sys.executable, f"{ROOT}/{name}.py", *flags])
+        result = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {command} {STREAMS[case]}"],
+            cwd=tmp_path, env=os.environ | encoding, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+        if case == "ascii":
+            assert ("evaluation over 2 games" in result.stdout) == (flags != ["--help"])
+    assert json.loads((run / "evaluation.json").read_text())["returns"] and json.loads((run / "args.json").read_text())
+    assert len(scalars(run)["losses/entropy"]) == 2 and games(run)
+    assert os.listdir(tmp_path) == ["run"]
+    for path in run.iterdir():
+        assert b"of 128 steps" not in path.read_bytes() and b"evaluation over" not in path.read_bytes(), path
+
+
+def test_a_log_file_gets_a_line_a_minute(any_script, tmp_path, monkeypatch, capsys):
+    now = [0.0]
+
+    def clock():  # each look at it takes five seconds
+        now[0] += 5
+        return now[0]
+
+    monkeypatch.setattr(time, "monotonic", clock)
+    settings = small(any_script, num_steps=16, total_timesteps=32 * 40, eval_episodes=0, checkpoint_interval=0)
+    any_script.main(any_script.Args(run_dir=str(tmp_path / "run"), **settings))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) < 20 < 40 and all("of 1,280 steps" in line and line.count("/s,") == 1 for line in lines), lines
+    assert now[0] / 60 - 1 <= len(lines) <= now[0] / 60 + 2
+    assert lines[-1].startswith("[####################] 1,280 of")
+
+
+def test_a_terminal_shows_a_bar(any_script, tmp_path):
+    reader, terminal = os.openpty()
+    run = Process(any_script, tmp_path, *words(run_dir=tmp_path / "run", **small(any_script)), terminal=terminal)
+    assert run.wait()[0] == 0
+    text = os.read(reader, 2**16).decode()
+    bars = re.findall(r"\r(\[[# ]{20}\][^\r]*)", text)
+    assert len(bars) == 6 and bars[-1].startswith("[####################] 384 of 384 steps, ") and text.endswith("\n")
+    assert all(len(re.findall(r"\d/s\b", bar)) == 1 and len(bar) < 100 for bar in bars), bars
+
+
+def test_help_is_in_groups_and_80_columns_wide(any_script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", [f"{any_script.__name__}.py", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        any_script.parse_args()
+    text = capsys.readouterr().out
+    assert exit.value.code == 0 and max(map(len, text.splitlines())) <= 80, max(text.splitlines(), key=len)
+    groups = ["run", "environment", "ppo"] + ["sprig"] * hasattr(any_script, "leader_loss")
+    titles = re.findall(r"(\w+) options", text)
+    assert titles[: len(groups)] == groups and (any_script.__name__ in FORKS or len(titles) == len(groups))
+    for name in vars(any_script.Args()):
+        assert f"--{name.replace('_', '-')}" in text
+
+
+# ---- Bad input ---------------------------------------------------------------------------------------------------
 BAD = {
-    "unknown id": ({"env_id": "BeamRidrNoFrameskip-v4"}, "Did you mean: `BeamRiderNoFrameskip`"),
-    "not Atari": ({"env_id": "CartPole-v1"}, "not an Atari game"),
-    "random skip": ({"env_id": "BeamRider-v4"}, "random number of frames"),
-    "indivisible": ({"minibatch_size": 100}, "does not divide"),
-    "zero": ({"num_envs": 0}, "--num-envs must be at least 1"),
-    "negative": ({"num_steps": -1}, "--num-steps must be at least 1"),
-    "negative seed": ({"seed": -1}, "--seed must not be negative"),
-    "no learning": ({"learning_rate": 0.0}, "--learning-rate must be positive"),
-    "nan": ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
-    "infinite": ({"vf_coef": float("inf")}, "--vf-coef must be finite"),
-    "gamma": ({"gamma": 1.5}, "--gamma must lie in"),
-    "too short": ({"total_timesteps": 2047}, "less than one rollout"),
-    "nothing to normalise over": ({"norm_adv": "minibatch", "minibatch_size": 1}, "cannot normalise over a single"),
-    "seed too large": ({"seed": 2**40}, "--seed must be less than"),
-    "too many threads": ({"threads": 100_000}, "--threads 100000 is more than"),
-    "no computer": ({"device": "meta"}, "is not a CPU or a GPU"),
+    "no environments": ({"num_envs": 0}, "--num-envs must be finite and at least 1, not 0"),
+    "negative steps": ({"num_steps": -1}, "--num-steps must be"),
+    "negative seed": ({"seed": -1}, "--seed must be in [0, "),
+    "seed too large": ({"seed": 2**40}, "--seed must be in [0, "),
+    "no step size": ({"learning_rate": 0.0}, "--learning-rate must be"),
+    "nan": ({"learning_rate": "nan"}, "--learning-rate must be"),
+    "infinite": ({"vf_coef": "inf"}, "--vf-coef must be finite"),
+    "gamma": ({"gamma": 1.5}, "--gamma must be in [0, 1], not 1.5"),
+    "lambda": ({"gae_lambda": "nan"}, "--gae-lambda must be in [0, 1]"),
+    "kl": ({"target_kl": "nan"}, "--target-kl must be"),
+    "threads": ({"threads": 100_000}, "--threads must be in [0, 256]"),
+    "too short": ({"total_timesteps": 63}, "--total-timesteps 63 is less than one rollout of 64 steps"),
+    "indivisible": ({"minibatch_size": 48}, "--minibatch-size 48 does not divide the rollout of 64 steps"),
+    "one transition": ({"norm_adv": "minibatch", "minibatch_size": 1}, "--norm-adv minibatch cannot normalise"),
     "no such device": ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
     "nonsense device": ({"device": "abacus"}, "--device abacus cannot be used"),
-    "a word for a number": ({"num_envs": "2"}, "--num-envs must be int, not '2'"),
-    "no such choice": ({"norm_adv": "all"}, "--norm-adv must be rollout or minibatch or none, not 'all'"),
-    "folder is a file": ({"run_dir": "/dev/null/run"}, "cannot be written"),
-    "folder cannot be written": ({"run_dir": "/proc/run"}, "cannot be written"),
+    "no computer": ({"device": "meta"}, "--device meta cannot be used"),
+    "no wandb": ({"track": True}, "pip install wandb"),
+    "taken folder": ({"run_dir": "taken"}, "--run-dir taken is not empty"),
+    "folder is a file": ({"run_dir": "taken/precious"}, "--run-dir taken/precious is not"),
+    "folder in a file": ({"run_dir": "taken/precious/run"}, "taken/precious/run cannot be written: Not a directory"),
+    "folder not to be written": ({"run_dir": "/proc/run"}, "/proc/run cannot be written"),
+    "evaluates nothing": ({"evaluate": "taken"}, "taken is not the folder of a run"),
+    "resumes nothing": ({"resume": "nowhere"}, "nowhere is not the folder of a run"),
+    "no name": ({"resume": ""}, "an empty name"),
+}
+BAD_PIXELS = {
+    "misspelt": ({"env_id": "BeamRidrNoFrameskip-v4"}, "take e.g. BeamRiderNoFrameskip-v4"),
+    "bare name": ({"env_id": "Breakout"}, "take e.g. "),
+    "vectors": ({"env_id": "CartPole-v1"}, "--env-id CartPole-v1 is none of the games"),
+    "random skip": ({"env_id": "BeamRider-v4"}, "take e.g. BeamRiderNoFrameskip-v4"),
+    "memory": ({"env_id": "ALE/Breakout-ram-v5"}, "take e.g. ALE/Breakout-v5"),
+}
+BAD_VECTORS = {
+    "unknown task": ({"env_id": "Pendulem-v1"}, "--env-id Pendulem-v1 cannot be made"),
+    "pixels": ({"env_id": "ALE/Breakout-v5"}, "not a vector: wrap it, or for pixels take "),
+    "planes": ({"env_id": "MinAtar/Breakout-v1"}, "_atari"),
+    "a grid": ({"env_id": "Taxi-v4"}, "Taxi-v4 shows Discrete(500), not a vector"),
+    "no module": ({"env_id": "no_such_module:Task-v0"}, "cannot be imported"),
+}
+BAD_SPRIG = {
+    "alpha": ({"cooperation_weight": 1.1}, "--cooperation-weight must be in [0, 1]"),
+    "alpha nan": ({"cooperation_weight": "nan"}, "--cooperation-weight must be in [0, 1]"),
+    "literal": (
+        {"paper_literal": True, "perception_cost": "concentration"},
+        "--paper-literal sets --perception-cost l1",
+    ),
+    "literal alpha": ({"paper_literal": True, "cooperation_weight": 0.5}, "--paper-literal sets --cooperation-weight"),
+    "nobody leads": ({"leader_gradient": "unrolled", "update": "joint"}, "unrolled needs --update stackelberg"),
+    "nothing to pay": ({"perception_cost_in_reward": True, "attention": "none"}, "needs attention to pay for"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_clear_line(script, case, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    changes, message = BAD[case]
-    start = time.perf_counter()
-    with pytest.raises(SystemExit) as error:
-        script.main(script.Args(**changes))
-    assert message in error.value.code and error.value.code.startswith("error: ") and "\n" not in error.value.code
-    assert time.perf_counter() - start < 5
-    assert not list(tmp_path.iterdir()), "nothing is written"
+def cases():
+    for name, script in SCRIPTS.items():
+        bad = BAD | (BAD_PIXELS if name in ATARI else BAD_VECTORS)
+        for case in bad | (BAD_SPRIG if hasattr(script, "leader_loss") else {}):
+            yield pytest.param(script, case, id=f"{name}-{case}")
 
 
-@pytest.mark.parametrize("update", ["joint", "stopped", "separate"])
-def test_a_setting_of_a_loss_that_is_not_there_is_refused(update):
-    """Or an ablation would report arms that are one and the same as two."""
-    script = TWINS["sprig_atari"]
-    for flag, value in {"leader_value_coef": 0.5, "perception_cost": "l1", "cooperation_weight": 0.1}.items():
-        with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} would do nothing here: --update {update}"):
-            script.check_args(script.Args(update=update, **{flag: value}))
-    script.check_args(script.Args(update=update, perception_cost="l1", perception_cost_in_reward=True))
-
-
-@pytest.mark.parametrize("name", ["sprig_atari", "sprig_continuous"])
-@pytest.mark.parametrize(
-    ("flag", "settings"),
-    {
-        "cost-rows": {"perception_cost": "concentration", "cost_rows": 5},
-        "perception-cost": {"attention": "none", "perception_cost": "l1"},
-        "perception-cost-weight": {"attention": "none", "perception_cost_weight": 1.0},
-    }.items(),
-)
-def test_a_setting_of_attention_that_is_not_read_is_refused(name, flag, settings):
-    script = (TWINS | CONTINUOUS)[name]
-    with pytest.raises(SystemExit, match=f"--{flag} would do nothing here"):
-        script.check_args(script.Args(**settings))
-
-
-def test_a_gpu_has_a_number_and_each_process_its_own(script, monkeypatch):
-    assert script.pick_device("cuda") == torch.device("cuda:0"), "torch.cuda.set_device takes no other"
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert script.pick_device("cuda") == torch.device("cuda:3") and script.pick_device("cpu").type == "cpu"
-
-
-def test_what_one_process_alone_finds_wrong_is_said(script, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit, match=r"error: --gamma must lie in .* \(process 1\)$"):
-        script.check_args(script.Args(gamma=2.0))
-
-
-def test_a_launcher_that_says_only_half_is_refused(script, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(SystemExit, match="error: WORLD_SIZE is set, but not all .* start with torchrun"):
-        script.main(script.Args())
-
-
-@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_cooperation_weight_outside_0_1_is_refused(alpha):
-    script = TWINS["sprig_atari"]
-    with pytest.raises(SystemExit, match="--cooperation-weight must lie in"):
-        script.main(script.Args(cooperation_weight=alpha))
-
-
-def test_losses_that_are_not_finite_are_found_at_the_end_of_an_update_at_the_latest(script):
-    """The only check of them on a GPU: gradients whose norm overflows are scaled to 0 and leave no other trace."""
-    infinite = torch.tensor(torch.inf)
-    one = {"losses/value_loss": torch.tensor(1.0), "losses/grad_norm": torch.tensor(2.0), "losses/approx_kl": infinite}
-    assert script.mean_info([one, one])["losses/grad_norm"] == 2
-    for name in ("losses/value_loss", "losses/grad_norm"):
-        with pytest.raises(FloatingPointError, match=f"{name} is not finite"):
-            script.mean_info([one, one | {name: infinite}])
-
-
-def test_compiling_what_cannot_be_compiled_is_refused(script, monkeypatch):
-    if script is TWINS["sprig_atari"]:
-        with pytest.raises(SystemExit, match="--compile has no second derivatives"):
-            script.main(script.Args(compile=True, leader_gradient="unrolled"))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(SystemExit, match=r"--compile needs a C\+\+ compiler, no-such-compiler"):
-        script.main(script.Args(compile=True))
-
-
-def test_cost_in_reward_without_attention_is_refused():
-    script = TWINS["sprig_atari"]
-    with pytest.raises(SystemExit, match="needs attention to pay for"):
-        script.main(script.Args(perception_cost_in_reward=True, attention="none"))
-
-
-def test_an_evaluation_asks_for_no_weights_and_biases_and_for_one_process(script, monkeypatch):
+def bad_run(script, argv, folder, monkeypatch):
+    """Returns what the script exits with, having written nothing."""
+    (folder / "taken").mkdir()
+    (folder / "taken" / "precious").write_text("a result")
+    monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit, match="pip install wandb"):
-        script.check_args(script.Args(track=True))
-    script.check_args(script.Args(track=True, evaluate="runs/elsewhere"))
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    script.check_args(script.Args())
-    with pytest.raises(SystemExit, match="plays in one process"):
-        script.check_args(script.Args(evaluate="runs/elsewhere"))
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+    with pytest.raises(SystemExit) as exit:
+        script.main(script.parse_args())
+    assert sorted(map(str, folder.rglob("*"))) == [f"{folder}/taken", f"{folder}/taken/precious"]
+    assert (folder / "taken" / "precious").read_text() == "a result"
+    return exit.value.code
 
 
-def test_what_a_file_system_cannot_do_for_a_folder_ends_no_run(script, tmp_path, monkeypatch):
-    sync = os.fsync
-
-    def sync_files_alone(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", sync_files_alone)
-    script.write_json(tmp_path / "args.json", {"seed": 1})
-    assert json.loads((tmp_path / "args.json").read_text()) == {"seed": 1}
+@pytest.mark.parametrize(("script", "case"), cases())
+def test_bad_input_is_one_clear_line(script, case, tmp_path, monkeypatch):
+    changes, message = (BAD | BAD_PIXELS | BAD_VECTORS | BAD_SPRIG)[case]
+    line = bad_run(script, words(**small(script, **changes)), tmp_path, monkeypatch)
+    assert isinstance(line, str) and line.startswith("error: ") and message in line and "\n" not in line
 
 
-def test_runs_started_in_the_same_second_get_folders_of_their_own(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "time", lambda: 1e9)
-    args = script.Args()
-    folders = [script.start_run(args) for _ in range(3)]
-    name = f"runs/BeamRiderNoFrameskip-v4__{script.__name__}__1__1000000000"
-    assert list(map(str, folders)) == [name, f"{name}-1", f"{name}-2"]
+@pytest.mark.parametrize("argv", [["--num-envs", "two"], ["--norm-adv", "all"], ["--gama", "0.9"]], ids=" ".join)
+def test_a_flag_that_cannot_be_read_is_named(any_script, argv, tmp_path, monkeypatch, capsys):
+    assert bad_run(any_script, argv, tmp_path, monkeypatch) == 2
+    assert argv[0] in capsys.readouterr().err
 
 
-def test_what_losses_report_is_known_by_its_name(script):
-    one, two, three, four = map(torch.tensor, (1.0, 2.0, 3.0, 4.0))
-    assert script.mean_info([{"a": one, "b": two}, {"b": four, "a": three}]) == {"a": 2, "b": 3}
-
-
-def test_what_a_fork_freezes_stays_as_it_was(script, tmp_path, monkeypatch):
-    class Frozen(script.Leader):
-        def __init__(self, *inputs):
-            super().__init__(*inputs)
-            next(self.parameters()).requires_grad_(False)
-
-    monkeypatch.setattr(script, "Leader", Frozen)
-    script.main(script.Args(run_dir=str(tmp_path / "run"), **SMALL))
-    files = [tmp_path / "run" / name for name in ("checkpoint-0.pt", "checkpoint-128.pt")]
-    before, after = (list(torch.load(path, weights_only=True)["leader"].values()) for path in files)
-    frozen, *others = map(torch.equal, before, after)
-    assert frozen and not any(others)
-
-
-@pytest.mark.parametrize("words", [["--resume", ""], ["--resume="], ["--evaluate", ""]], ids=str)
-def test_an_empty_folder_name_does_not_start_a_run(script, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
-    with pytest.raises(SystemExit, match="needs the folder of a run, not an empty name"):
-        script.parse_args()
-
-
-def test_the_default_number_of_threads_does_not_depend_on_earlier_runs(script, tmp_path):
-    with pytest.raises(SystemExit, match="is not empty"):
-        (tmp_path / "taken").touch()
-        script.main(script.Args(threads=script.DEFAULT_THREADS + 1, run_dir=str(tmp_path)))
-    assert torch.get_num_threads() == script.DEFAULT_THREADS + 1
-    with pytest.raises(SystemExit, match="is not empty"):
-        script.main(script.Args(threads=0, run_dir=str(tmp_path)))
-    assert torch.get_num_threads() == script.DEFAULT_THREADS
-
-
-def test_nothing_is_overwritten(script, tmp_path):
-    (tmp_path / "precious").write_text("result")
-    with pytest.raises(SystemExit, match="not empty"):
-        script.main(script.Args(run_dir=str(tmp_path)))
-    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_a_mistake_on_the_command_line_exits_without_a_traceback(name, tmp_path):
-    command = [sys.executable, ROOT / f"{name}.py", "--env-id", "CartPole-v1"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert result.returncode != 0 and result.stdout == ""
-    assert result.stderr.startswith("error: --env-id CartPole-v1") and result.stderr.count("\n") == 1
+def test_a_mistake_on_the_command_line_exits_without_a_traceback(any_script, tmp_path):
+    code, output, errors = Process(any_script, tmp_path, "--env-id", "Chess-v1").wait()
+    assert code == 1 and not output and errors.startswith("error: --env-id Chess-v1") and errors.count("\n") == 1
