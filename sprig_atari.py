@@ -44,7 +44,7 @@ import tyro
 from ale_py.vector_env import AtariVectorEnv
 from torch.distributions import Categorical, Distribution, kl_divergence
 from torch.func import functional_call
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 
 gym.register_envs(ale_py)
@@ -122,16 +122,9 @@ class SprigArgs:
     paper_literal: bool = False  # the paper as printed: rows 1, 2, 4, 5, 10 and 11 of docs/paper.md
 
 
-LITERAL = {  # what --paper-literal sets
-    "cooperation_weight": 0.3,  # line 11 puts its α = 0.7 on the cost, 0.3 on the return
-    "perception_cost": "l1",
-    "leader_objective": "log-prob",
-    "leader_gradient": "first-order",
-    "leader_value_coef": 0.0,
-    "attention": "figure4",
-    "feature_scale": 1.0,
-    "update": "stackelberg",
-}
+# What --paper-literal sets. Line 11 puts its α = 0.7 on the cost, 0.3 on the return.
+LITERAL = dict(cooperation_weight=0.3, perception_cost="l1", leader_objective="log-prob", leader_value_coef=0.0,
+               attention="figure4", feature_scale=1.0, leader_gradient="first-order", update="stackelberg")  # fmt: skip
 
 
 @dataclass
@@ -582,20 +575,10 @@ def conjugate_gradients(product, v: torch.Tensor, iterations: int, tolerance: fl
     return x
 
 
-TOTAL_DERIVATIVE = {  # options of leader_gradient in training
-    "step_size": 0.02,
-    "num_steps": 1,
-    "damping": 50.0,
-    "cg_iterations": 10,
-    "cg_tolerance": 1e-3,
-    "clamp": 1.0,
-}
-
-
-def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *,
-                    step_size, num_steps, damping, cg_iterations, cg_tolerance, clamp):  # fmt: skip
+def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *, step_size=0.02, num_steps=1,
+                    damping=50.0, cg_iterations=10, cg_tolerance=1e-3, clamp=1.0):  # fmt: skip
     """Gradient of the leader's loss f_L for each tensor of theta, to descend: a list of tensors. Both functions map
-    (theta, phi), lists of tensors, to a scalar to minimise. Methods:
+    (theta, phi), lists of tensors, to a scalar to minimise. The defaults are what training uses. Methods:
     - "first-order": ∂f_L/∂θ, Algorithm 1. The follower's answer to θ is not anticipated.
     - "unrolled": d/dθ f_L(θ, φ⁺(θ)), where φ⁺ is φ after `num_steps` steps of size `step_size` down ∇_φ f_F.
     - "implicit": ∂f_L/∂θ - M (H + damping·I)⁻¹ ∂f_L/∂φ with H = ∇²_φφ f_F, M = ∇²_θφ f_F: Eq. (6) by the implicit
@@ -609,9 +592,6 @@ def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *,
             return [torch.zeros_like(x) for x in inputs]
         return list(torch.autograd.grad(output, inputs, retain_graph=True, materialize_grads=True, **options))
 
-    def flat(tensors):
-        return torch.cat([x.flatten() for x in tensors])
-
     loss = leader_loss_fn(theta, phi)
     first_order = grad(loss, theta)
     if method == "first-order":
@@ -623,12 +603,12 @@ def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *,
             answer = [x - step_size * dx for x, dx in zip(answer, slope)]  # φ⁺
         correction = [b - a for a, b in zip(first_order, grad(leader_loss_fn(theta, answer), theta))]
     elif method == "implicit":
-        slope = flat(grad(follower_loss_fn(theta, phi), phi, create_graph=True))  # ∂f_F/∂φ
+        slope = parameters_to_vector(grad(follower_loss_fn(theta, phi), phi, create_graph=True))  # ∂f_F/∂φ
 
         def curvature(x):
-            return flat(grad(slope.dot(x), phi)) + damping * x  # (H + λI) x
+            return parameters_to_vector(grad(slope.dot(x), phi)) + damping * x  # (H + λI) x
 
-        x = conjugate_gradients(curvature, flat(grad(loss, phi)), cg_iterations, cg_tolerance)
+        x = conjugate_gradients(curvature, parameters_to_vector(grad(loss, phi)), cg_iterations, cg_tolerance)
         correction = [-dx for dx in grad(slope.dot(x), theta)]  # -M x
     else:
         raise ValueError(f"unknown leader gradient {method!r}: first-order, unrolled or implicit")
@@ -651,16 +631,15 @@ def total_derivative(follower: Follower, features, cost, theta, phi, batch: Batc
     def follower_loss_fn(_, phi):
         return follower_loss(*policy_and_values(phi), batch, args)[0]
 
-    return leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, args.leader_gradient, **TOTAL_DERIVATIVE)
+    return leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, args.leader_gradient)
 
 
 def perceive(leader: Leader, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """What the leader makes of `obs`, and what it pays for that: (features (B, F), C_θ (B,), Eq. (9))."""
     num_rows = 0 if args.perception_cost == "concentration" else args.cost_rows  # query rows per layer; 0: all
     features, attention = leader(obs, num_rows=num_rows)
-    if not attention:
-        return features, torch.zeros(len(obs), device=features.device)
-    return features, perception_cost(attention, args.perception_cost)
+    nothing = torch.zeros(len(obs), device=features.device)
+    return features, perception_cost(attention, args.perception_cost) if attention else nothing
 
 
 def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict:
