@@ -1,6 +1,4 @@
-"""Watch a saved run: what the agent sees beside what its leader attends to.
-
-    python watch.py runs/<run>
+"""Watch a saved run, python watch.py runs/<run>: what the agent sees beside what its leader attends to.
 
 Writes watch.mp4, one game, and watch.png, six moments of it, into the run's folder. Left: what the agent sees, or for
 vectors the rendered environment. Beside it, for each attention layer of SPRIG: on pixels how much attention each
@@ -67,8 +65,7 @@ def label(envs: gym.vector.VectorEnv, args) -> tuple[list[str], list[str]]:
     task = envs.unwrapped.envs[0]
     core, entries, actions = task.unwrapped, [], []
     if args.env_id.startswith("MinAtar/"):
-        words = {"n": "no-op", "l": "left", "u": "up", "r": "right", "d": "down", "f": "fire"}
-        return [], [words[core.game.env.action_map[i]] for i in core.action_set]
+        return [], [core.game.env.action_map[i] for i in core.action_set]  # n, l, u, r, d, f: none, left, ..., fire
     if args.env_id == "CartPole-v1":
         entries, actions = ["position", "velocity", "angle", "angular velocity"], ["push left", "push right"]
     elif isinstance(shown := core.observation_space, gym.spaces.Dict):  # DM Control
@@ -105,7 +102,6 @@ def spread(received: np.ndarray, convs, num_pixels: int) -> np.ndarray:
     return np.where(np.outer(inside, inside), received.reshape(size, size)[np.ix_(nearest, nearest)], 1.0)
 
 
-@torch.no_grad()
 def attention_tiles(script, leader, obs: torch.Tensor, grey: np.ndarray | float) -> Iterator[tuple[str, np.ndarray]]:
     """Title and picture of each attention layer: on `grey` (H, W) what its locations receive, or on vectors which entry
     (row) attends to which (column). A gate near 0 lets nothing through, whatever the weights look like: so colours
@@ -130,7 +126,6 @@ def attention_tiles(script, leader, obs: torch.Tensor, grey: np.ndarray | float)
 def draw(figure: Figure, tiles: list, bars: list, state: str, entries: list[str], actions: list[str]) -> np.ndarray:
     """Tiles (see attention_tiles) and bars (see play) as one picture (H, W, 3) uint8."""
     if not figure.axes:
-        figure.set_size_inches(max(7, 4 * len(tiles), 0.4 * len(actions)), 6.4)
         grid = figure.add_gridspec(2, len(tiles), height_ratios=(3, 1))
         for k, (_, picture) in enumerate(tiles):
             figure.add_subplot(grid[0, k], xticks=[], yticks=[]).imshow(picture)
@@ -156,15 +151,15 @@ def see(envs, obs: np.ndarray) -> tuple[str, np.ndarray]:
     if obs.ndim == 3 and obs.shape[-1] > 10:
         return "what the agent sees: the newest of its frames", obs[-1, ..., None].repeat(3, -1)
     if obs.ndim == 3:  # MinAtar
-        palette = 255 * np.array(matplotlib.colormaps["Set3"].colors)  # 12; there are at most 10 planes
-        first = (obs > 127).argmax(0)  # of the planes that are set at a location: the player's is 0
-        return "what the agent sees: a colour for each plane", (palette[first] * obs.any(0)[..., None]).astype(np.uint8)
+        colours = matplotlib.colormaps["Set3"]((obs > 127).argmax(0), bytes=True)[..., :3]  # of the first plane set
+        return "what the agent sees: a colour for each plane", colours * obs.any(0)[..., None]
     try:
         return "environment", np.asarray(envs.render()[0], np.uint8)
     except Exception as error:  # of any graphics library
         return f"cannot be rendered: {type(error).__name__}\n{str(error)[:60]}", np.full((480, 480, 3), 60, np.uint8)
 
 
+@torch.no_grad()
 def play(script, run_args, leader, follower, args: Args) -> Iterator[np.ndarray]:
     """A picture (H, W, 3) uint8 for each step of one game: what the agent saw, and the score after its action."""
     torch.manual_seed(args.seed)
@@ -173,13 +168,12 @@ def play(script, run_args, leader, follower, args: Args) -> Iterator[np.ndarray]
     obs, _ = envs.reset(seed=script.env_seeds(args.seed, 2, num_envs=1))
     entries, actions = label(envs, run_args)
     matplotlib.style.use(["dark_background", {"font.size": 8, "axes.titlesize": 8}])
-    figure, score = FigureCanvasAgg(Figure(dpi=100, layout="constrained")).figure, 0.0
+    figure, score = FigureCanvasAgg(Figure((16, 6.4), dpi=100, layout="constrained")).figure, 0.0
     for step in range(1, args.steps + 1):
         frames, tiles = torch.from_numpy(obs), [see(envs, obs[0])]
         if hasattr(script, "perception_cost"):  # SPRIG
             tiles += attention_tiles(script, leader, frames, 110.0 if entries else 0.7 * tiles[0][1].mean(-1))
-        with torch.no_grad():
-            logits, value = follower(leader(frames))
+        logits, (value,) = follower(leader(frames))
         policy = script.action_distribution(logits)
         if hasattr(policy, "probs"):  # the two ends of each action's bar, within [0, 1], and its number
             bars = [(0, p, f"{100 * p:.0f} %") for p in policy.probs[0].tolist()]
@@ -190,15 +184,13 @@ def play(script, run_args, leader, follower, args: Args) -> Iterator[np.ndarray]
             bars = [(*pair, f"{x:.2f}") for *pair, x in zip(*ends, mean)]
         obs, rewards, _, _, info = envs.step((policy.mode if args.greedy else policy.sample()).numpy())
         score += rewards[0]
-        state = f"step {step}, score {score:.5g}, value {value.item():.2f}"
-        yield draw(figure, tiles, bars, state, entries, actions)
+        yield draw(figure, tiles, bars, f"step {step}, score {score:.5g}, value {value:.2f}", entries, actions)
         if "_episode" in info:
             break
     envs.close()
 
 
 def main(args: Args) -> None:
-    """Play, draw, write."""
     if args.steps < 1 or not 0.1 <= args.fps <= 240 or not 0 <= args.seed < 2**32:
         fail("--steps must be at least 1, --fps lie in [0.1, 240] and --seed in [0, 2**32)")
     agent, output = load_run(args.run), args.output or args.run
