@@ -12,8 +12,7 @@ F "fisher": the total derivative of Eq. (6), with the Fisher matrix in place of 
 Controls: "stackelberg" is SPRIG as it is, "joint" PPO, "frozen" a random encoder that is never trained.
 
 One network for all, sprig_atari.py's for MinAtar: convolutions of 16, 32, 32 channels, 3x3, each with LayerNorm and
-gated attention, 512 features; heads with 128 hidden units. A checkpoint lacks the rollouts that D has gathered: a run
-of D that was stopped goes on, but not bit for bit.
+gated attention, 512 features; heads with 128 hidden units.
 """
 
 import sys
@@ -30,12 +29,12 @@ from torch.nn.utils import clip_grad_norm_
 import sprig_atari as base
 from sprig_atari import MAY_CHANGE, Batch, action_distribution, env_protocol, follower_loss, perceive  # noqa: F401
 
+VARIANTS = "joint stackelberg heads-first encoder-first commit value-phase ppg fisher frozen".split()
+
 
 @dataclass
 class VariantArgs(base.SprigArgs):
-    variant: Literal[
-        "joint", "stackelberg", "heads-first", "encoder-first", "commit", "value-phase", "ppg", "fisher", "frozen"
-    ] = "stackelberg"  # see the head of this file
+    variant: Literal[*VARIANTS] = "stackelberg"  # see the head of this file
     steps_per_minibatch: base.Count = 1  # joint: steps on each minibatch
     clip_each: bool = False  # joint: clip the gradient's norm for each player, not for both together
     encoder_epochs: base.Amount = 0  # joint: after so many epochs the heads go on alone, on cached features (0: never)
@@ -57,7 +56,6 @@ class Args(VariantArgs, base.Args):
                 raise ValueError(f"--{name.replace('_', '-')} does not vary here; see --variant")
 
 
-# ==== Parts =======================================================================================
 def minibatches(batch: Batch, args: Args, epochs: int):
     """All of `batch`, `epochs` times, each time in another order."""
     for _ in range(epochs):
@@ -66,8 +64,7 @@ def minibatches(batch: Batch, args: Args, epochs: int):
 
 
 def descend(optimizer, loss, args: Args, *groups) -> torch.Tensor:
-    """One step of the players in `groups`, lists of modules, down `loss`; the others stay. The gradient's norm is
-    clipped for each group. Returns the last group's norm."""
+    """One step of the players in `groups`, lists of modules, down `loss`; the rest stays. Each group has its clip."""
     optimizer.zero_grad()
     groups = [[parameter for player in group for parameter in player.parameters()] for group in groups]
     loss.backward(inputs=sum(groups, []))
@@ -119,13 +116,13 @@ def joint(leader, follower, optimizer, batch: Batch, args: Args, stop_value: boo
         yield from answer(follower, optimizer, show(leader, batch.obs), batch, args, args.update_epochs - epochs)
 
 
-def stackelberg(leader, follower, optimizer, batch: Batch, args: Args):
-    """Algorithm 1: on each minibatch the leader moves, then the follower answers what it shows now."""
+def stackelberg(leader, follower, optimizer, batch: Batch, args: Args, total: bool = False):
+    """Algorithm 1: on each minibatch the leader moves, then the follower answers what it shows now. `total`: F."""
     for minibatch in minibatches(batch, args, args.update_epochs):
         features, cost = perceive(leader, minibatch.obs, args)
         logits, values = follower(features)
         loss, info = leader_loss(logits, values, cost, minibatch, args)
-        if args.variant == "fisher":
+        if total:
             loss, info["leader/correction"] = anticipate(leader, follower, loss, logits, values, minibatch, args)
         info["leader/grad_norm"] = descend(optimizer, loss, args, [leader])
         loss, answer_info = follower_loss(*follower(show(leader, minibatch.obs)), minibatch, args)
@@ -138,8 +135,7 @@ def encoder_first(leader, follower, optimizer, batch: Batch, args: Args):
 
 
 def heads_first(leader, follower, optimizer, batch: Batch, args: Args):
-    """A, with the roles of SCORER (arXiv 2508.07452): the heads lead, then perception follows, mostly at a higher step
-    size. It moves last, so one forward pass of the encoder serves both."""
+    """A, the roles of SCORER (arXiv 2508.07452): the heads lead, perception follows, from the same forward pass."""
     full = full_loss(args)
     for minibatch in minibatches(batch, args, args.update_epochs):
         features, cost = perceive(leader, minibatch.obs, args)
@@ -182,15 +178,14 @@ def ppg(leader, follower, optimizer, batch: Batch, args: Args):
 def phase(leader, follower, optimizer, batch: Batch, args: Args, players: list):
     """D: every --phase-interval rollouts `players` learn the values of all of them, under a KL penalty to the policy
     of before: the auxiliary phase of PPG (Cobbe et al. 2021, arXiv 2009.04416), with the same optimizer."""
-    rollouts = vars(leader).setdefault("rollouts", [])  # kept from update to update
+    rollouts = vars(leader).setdefault("rollouts", [])  # gathered for a phase; no checkpoint holds them
     rollouts.append(batch)
     if len(rollouts) < args.phase_interval:
         return
     data = Batch(*map(torch.cat, zip(*rollouts)))
     rollouts.clear()
-    with torch.no_grad():
-        data = data._replace(logprobs=follower(show(leader, data.obs))[0].log_softmax(-1))  # (B, A), of all actions
-    for minibatch in minibatches(data, args, args.phase_epochs):
+    old = follower(show(leader, data.obs))[0].detach()  # (B, A)
+    for minibatch in minibatches(data._replace(logprobs=old), args, args.phase_epochs):
         logits, values = follower(leader(minibatch.obs))
         error = ((values - minibatch.returns) ** 2).mean()
         kl = kl_divergence(action_distribution(minibatch.logprobs), action_distribution(logits)).mean()
@@ -205,8 +200,7 @@ def gradient(output, inputs: list, **options) -> torch.Tensor:
 
 
 def fisher_product(logits: torch.Tensor, phi: list, damping: float):
-    """x -> (F + damping·I) x, F the Fisher matrix in `phi` of the policies with `logits` (B, A): the Hessian of their
-    mean KL from where they are."""
+    """x -> (F + damping·I) x, F the Fisher matrix in `phi` of the policies `logits` (B, A): the Hessian of their KL."""
     kl = kl_divergence(action_distribution(logits.detach()), action_distribution(logits)).mean()
     slope = gradient(kl, phi, create_graph=True)
     return lambda x: gradient(slope.dot(x), phi) + damping * x
@@ -225,7 +219,7 @@ def anticipate(leader, follower, loss, logits, values, batch: Batch, args: Args,
 
 def fisher(leader, follower, optimizer, batch: Batch, args: Args):
     """F: Algorithm 1 in which the leader anticipates the follower's answer."""
-    yield from stackelberg(leader, follower, optimizer, batch, args)
+    yield from stackelberg(leader, follower, optimizer, batch, args, total=True)
 
 
 def frozen(leader, follower, optimizer, batch: Batch, args: Args):
@@ -236,8 +230,7 @@ def frozen(leader, follower, optimizer, batch: Batch, args: Args):
 # ==== Main ========================================================================================
 def update(leader, follower, optimizer, batch: Batch, args: Args) -> dict[str, float]:
     """As in sprig_atari.py: means over the steps, by tag. Raises FloatingPointError if one is not finite."""
-    variant = globals()[args.variant.replace("-", "_")]
-    history = list(variant(leader, follower, optimizer, batch, args))
+    history = list(globals()[args.variant.replace("-", "_")](leader, follower, optimizer, batch, args))
     tags = dict.fromkeys(tag for info in history for tag in info)
     metrics = {tag: torch.stack([info[tag] for info in history if tag in info]).mean() for tag in tags}
     for name, value in (*metrics.items(), *leader.named_parameters(), *follower.named_parameters()):
@@ -246,16 +239,12 @@ def update(leader, follower, optimizer, batch: Batch, args: Args) -> dict[str, f
     return {tag: mean.item() for tag, mean in metrics.items()}
 
 
-def install() -> None:
-    """From now on sprig_atari is, in this process, this fork."""
-    base.SprigArgs, base.Args, base.update, base.__file__ = VariantArgs, Args, update, __file__
-
-
 def main(args: Args) -> dict:
-    install()
+    """From now on sprig_atari is, in this process, this fork."""
+    base.Args, base.update, base.__file__ = Args, update, __file__
     return base.main(args)
 
 
 if __name__ == "__main__":
-    install()
+    base.SprigArgs, base.Args, base.__file__ = VariantArgs, Args, __file__  # what parse_args reads
     main(base.parse_args())
