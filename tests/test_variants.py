@@ -1,6 +1,5 @@
 """The study of variants: whom each moves, and when; what it computes."""
 
-import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -20,21 +19,21 @@ TINY |= {"total_timesteps": 128, "threads": 1, "eval_episodes": 1, "max_episode_
 
 
 def play(update, args):
-    """One rollout, one update. Returns the players, and who moved at each step: "L", "F" or "LF"."""
+    """A rollout, an update. Returns who moved at each step, "L", "F" or "LF", and both players' parameters after it."""
     players = dict(zip("LF", base.make_agent(args, "cpu")))
     optimizer = torch.optim.Adam([{"params": p.parameters()} for p in players.values()], 1e-3, eps=1e-5, fused=True)
     envs, obs = base.begin_games(args, 0)
     batch = base.collect_rollout(envs, obs, *players.values(), args)[0]
-    moves, seen = [], copy.deepcopy([p.state_dict() for p in players.values()])
+    moves, seen = [], {n: parameters_to_vector(p.parameters()) for n, p in players.items()}
 
     def look(*_):
-        now = copy.deepcopy([p.state_dict() for p in players.values()])
-        moves.append("".join(n for n, a, b in zip("LF", seen, now) if any(not a[k].equal(b[k]) for k in a)))
-        seen[:] = now
+        now = {n: parameters_to_vector(p.parameters()) for n, p in players.items()}
+        moves.append("".join(n for n in now if not now[n].equal(seen[n])))
+        seen.update(now)
 
     optimizer.register_step_post_hook(look)
     update(*players.values(), optimizer, batch, args)
-    return players, moves
+    return moves, torch.cat([*seen.values()])
 
 
 @pytest.mark.parametrize("flags, moves", [  # 4 minibatches, 2 epochs
@@ -46,23 +45,21 @@ def play(update, args):
     ({"variant": "commit", "leader_epochs": 2, "leader_max_kl": 10.0}, ["L"] * 8 + ["F"] * 8),
     ({"variant": "commit", "leader_epochs": 2, "leader_max_kl": 1e-12}, ["L"] + ["F"] * 8),  # seen after a step
     ({"variant": "value-phase", "phase_interval": 1}, ["L", "F"] * 8 + ["L"] * 12),
-    ({"variant": "value-phase", "phase_interval": 2}, ["L", "F"] * 8),
     ({"variant": "ppg", "phase_interval": 1}, ["LF"] * 20),
     ({"variant": "fisher"}, ["L", "F"] * 8),
     ({"variant": "frozen"}, ["F"] * 8),
 ])  # fmt: skip
 def test_each_variant_moves_whom_it_should_when_it_should(flags, moves):
-    assert play(variants.update, variants.Args(**TINY, **flags))[1] == moves
+    assert play(variants.update, variants.Args(**TINY, **flags))[0] == moves
 
 
 @pytest.mark.parametrize("variant", ["joint", "stackelberg"])
 def test_without_changes_it_is_the_base(variant):
-    flags = TINY | {"cost_rows": 0, "leader_value_coef": 0.3}
-    args = variants.Args(**flags, variant=variant)
+    _, wanted = play(base.update, base.Args(**TINY, cost_rows=0, leader_value_coef=0.3, update=variant))
+    args = variants.Args(**TINY, cost_rows=0, leader_value_coef=0.3, variant=variant)
     changed = dataclasses.replace(args, leader_ent_coef=0.1, clip_each=True)
-    agents = play(base.update, base.Args(**flags, update=variant)), *(play(variants.update, a) for a in (args, changed))
-    base_, same, other = (parameters_to_vector(p for x in a[0].values() for p in x.parameters()) for a in agents)
-    assert (base_ - same).abs().max() <= (0 if variant == "stackelberg" else 1e-6) < 1e-5 < (base_ - other).abs().max()
+    same, other = ((wanted - play(variants.update, x)[1]).abs().max() for x in (args, changed))
+    assert same <= (0 if variant == "stackelberg" else 1e-6) < 1e-5 < other
 
 
 def test_full_loss_is_ppos_and_the_variance_forgives_a_constant_error():
@@ -72,8 +69,7 @@ def test_full_loss_is_ppos_and_the_variance_forgives_a_constant_error():
     ppo = base.follower_loss(logits, values, batch, args)[0]
     assert variants.leader_loss(logits, values, cost, batch, args)[0].item() == pytest.approx(ppo.item(), abs=1e-6)
     args.value_error = "variance"
-    exact, shifted = (variants.leader_loss(logits, returns + k, cost, batch, args)[0].item() for k in (0, 3))
-    assert shifted == pytest.approx(exact, abs=1e-5)
+    assert torch.isclose(*(variants.leader_loss(logits, returns + k, cost, batch, args)[0] for k in (0, 3)), atol=1e-5)
 
 
 def test_fishers_gradient_is_that_of_dense_matrices():
@@ -83,16 +79,12 @@ def test_fishers_gradient_is_that_of_dense_matrices():
     theta, phi = [*leader.parameters()], [*heads.parameters()]
     logits, values = heads(leader(obs)).split([4, 1], -1)
     loss, _ = variants.leader_loss(logits, values[:, 0], torch.zeros(16), batch, args)
-
-    logprobs = logits.log_softmax(-1)
-    fisher = torch.zeros(15, 15)
-    for logp in logprobs.flatten():  # of each state and action
-        score = variants.gradient(logp, phi)
-        fisher += logp.exp().detach() * torch.outer(score, score) / 16
+    scores = [(x.exp().detach(), variants.gradient(x, phi)) for x in logits.log_softmax(-1).flatten()]
+    fisher = sum(probability * torch.outer(score, score) for probability, score in scores) / 16
     slope = variants.gradient(base.follower_loss(logits, values[:, 0], batch, args)[0], phi, create_graph=True)
     mixed = torch.stack([variants.gradient(x, theta) for x in slope], 1)  # M
-    direct, away = variants.gradient(loss, theta), variants.gradient(loss, phi)
-    correction = mixed @ torch.linalg.solve(fisher + 0.01 * torch.eye(15), away)
+    correction = mixed @ torch.linalg.solve(fisher + 0.01 * torch.eye(15), variants.gradient(loss, phi))
+    direct = variants.gradient(loss, theta)
     total, scale = variants.anticipate(leader, heads, loss, logits, values[:, 0], batch, args, damping=0.01)
     assert scale.item() == pytest.approx((direct.norm() / correction.norm()).item(), rel=1e-2) and scale < 1
     torch.testing.assert_close(variants.gradient(total, theta), direct - scale * correction, rtol=1e-2, atol=1e-4)
