@@ -256,7 +256,7 @@ def read_matrix(path: Path, results: Path) -> Matrix:
     try:
         arms, peers, common = record["arms"], record.get("peers", {}), record["flags"]
         titles = {label: arm["title"] for label, arm in arms.items()} | peers
-        scripts = {label: arm["script"] for label, arm in arms.items()}
+        scripts = {label: Path(arm["script"]).name for label, arm in arms.items()}
         flags = {label: common | arm.get("flags", {}) for label, arm in arms.items()}
         steps, tasks, seeds = common["total-timesteps"], record["tasks"], record["seeds"]
     except (KeyError, TypeError, AttributeError) as error:

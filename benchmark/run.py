@@ -145,6 +145,7 @@ def load_script(name: str, where: str) -> types.ModuleType:
     """One of the four, or a fork beside them, which has to have the same PARTS."""
     if not (ROOT / name).is_file():
         fail(f"{where}: there is no script {name!r} in {ROOT}")
+    sys.path.append(str((ROOT / name).parent))
     try:
         script = importlib.import_module(Path(name).stem)
     except Exception as error:  # whatever is wrong with a fork
@@ -211,7 +212,7 @@ def plan_runs(path: Path, runs: Path, results: Path) -> list[Run]:
         flags = {"env-id": task, "seed": seed, "threads": matrix["cpus"]} | flags | {"run-dir": folder}
         result = result_path(results, path.stem, task, label, seed)
         place = len(plan), matrix["gpus"], task, label, seed
-        plan.append(Run(*place, f"{script.__name__}.py", flags, vars(checked), compared, folder, result))
+        plan.append(Run(*place, matrix["arms"][label]["script"], flags, vars(checked), compared, folder, result))
     return plan
 
 
@@ -222,7 +223,7 @@ def difference(run: Run, path: Path) -> str:
         script, theirs = record["script"], dict(record["arguments"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{path} is damaged: {type(error).__name__}: {error}; move it away")
-    if script != run.script:
+    if script != Path(run.script).name:
         return f"{path} is of {script}, not of {run.script}"
     for name in sorted(run.compared):
         flag, value = name.replace("_", "-"), run.values[name]
