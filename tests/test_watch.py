@@ -1,15 +1,18 @@
 """The video shows one game of a saved run as it is, and colours no more than what the gates let through."""
 
 import importlib
+import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import ppo_atari_baseline
 import ppo_continuous_baseline
@@ -139,3 +142,14 @@ def test_bad_input_is_refused_in_one_line_and_overwrites_nothing(tmp_path):
     assert "--fps lie in" in refused(run, "--fps", "nan")
     assert "nothing was written" in refused(run, "--output", run / "args.json")
     assert not list(run.glob("*watch*"))
+
+
+def test_the_agent_in_the_repository_scores_what_its_evaluation_says():
+    agent = ROOT / "agents" / "breakout"
+    args, leader, follower = sprig_atari.load_agent(agent)
+    saved = json.loads((agent / "evaluation.json").read_text())
+    played = sprig_atari.evaluate(leader, follower, replace(args, eval_episodes=30))
+    assert played["protocol"] == saved["protocol"] and len(saved["returns"]) == 30
+    # The same games on the machine that made it; elsewhere another rounding may end some of them otherwise.
+    error = (saved["std"] ** 2 + played["std"] ** 2) ** 0.5 / 30**0.5
+    assert abs(played["mean"] - saved["mean"]) < 3 * error and played["mean"] > 5  # random play: 0.5
