@@ -576,9 +576,7 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
             steps.append((seen, actions, logits, values))
             obs, rewards, terminations, truncations, info = envs.step(actions.cpu().numpy())
             paid.append((rewards, terminations, terminations | truncations))
-            if (
-                truncations.any()
-            ):  # rare: the next value is then that of the final observation, not of the next game's first
+            if truncations.any():  # the next value is then that of the final observation, not of the next game's first
                 for row in np.flatnonzero(truncations & ~terminations):
                     final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)
                     cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
