@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from importlib import metadata
 from math import inf
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
 if __name__ == "__main__":  # before torch is loaded
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle OpenMP threads soon stop spinning and free their cores
@@ -45,10 +45,11 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.tensorboard import SummaryWriter
 
 # ==== Arguments ===================================================================================
-Count = Annotated[int, (1, inf)]  # (low, high): bounds that Args checks
-Amount = Annotated[int, (0, inf)]
-Weight = Annotated[float, (0, inf)]
-Positive = Annotated[float, (1e-12, inf)]
+Count = Annotated[int, (1, 1e12)]  # (low, high): bounds that Args checks
+Amount = Annotated[int, (0, 1e12)]
+Weight = Annotated[float, (0, 1e12)]
+Positive = Annotated[float, (1e-12, 1e12)]
+Threshold = Annotated[float | None, (1e-12, 1e12)]
 Fraction = Annotated[float, (0, 1)]
 
 
@@ -62,8 +63,8 @@ class RunArgs:
     eval_episodes: Amount = 10  # whole games played after training, on fresh seeds (0: none)
     eval_greedy: bool = False  # take the most probable action in the evaluation instead of sampling it
     checkpoint_interval: Amount = 100_000  # agent steps between checkpoints; games restart at each (0: only at the end)
-    resume: str | None = None  # folder of a run to continue, with its own arguments
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
+    resume: Path | None = None  # folder of a run to continue, with its own arguments
+    evaluate: Path | None = None  # folder of a run to evaluate instead of training
     track: bool = False  # mirror TensorBoard to Weights & Biases (needs `pip install wandb`)
 
 
@@ -83,7 +84,7 @@ class EnvironmentArgs:
 @dataclass
 class PpoArgs:
     num_steps: Count = 2048  # steps of each environment per rollout, T
-    minibatch_size: Count = 64  # transitions per gradient step, B
+    minibatch_size: Annotated[int, (2, 1e12)] = 64  # transitions per gradient step, B
     update_epochs: Count = 10  # passes over each rollout
     learning_rate: Positive = 3e-4  # Adam's step size
     anneal_lr: bool = True  # let the step size fall linearly to 0
@@ -95,7 +96,7 @@ class PpoArgs:
     ent_coef: Weight = 0.0  # weight of the entropy bonus, β
     vf_coef: Weight = 0.25  # weight of the mean squared value error (which has no further factor 1/2)
     max_grad_norm: Positive = 0.5  # largest gradient norm of a step
-    target_kl: Positive | None = None  # stop a rollout's epochs once the mean approximate KL of one exceeds this
+    target_kl: Threshold = None  # stop a rollout's epochs once the mean approximate KL of one exceeds this
 
 
 @dataclass
@@ -103,25 +104,15 @@ class Args(PpoArgs, EnvironmentArgs, RunArgs):
     def __post_init__(self):
         """Raises ValueError, one line, on values that cannot work."""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
-            for kind in (hint, *get_args(hint)):  # `Positive | None` holds its bounds inside
-                if not hasattr(kind, "__metadata__") or value is None:
-                    continue
-                low, high = kind.__metadata__[0]
-                if not low <= value <= high or value == inf:  # NaN fails every bound
-                    bound = f"finite and at least {low:g}" if high == inf else f"in [{low:g}, {high:g}]"
-                    raise ValueError(f"{flag} must be {bound}, not {value}")
+            value = getattr(self, name)
+            for low, high in getattr(hint, "__metadata__", ()):
+                if value is not None and not low <= value <= high:  # NaN fails every bound
+                    raise ValueError(f"--{name.replace('_', '-')} must be in [{low:g}, {high:g}], not {value}")
         rollout = self.num_envs * self.num_steps
         if rollout % self.minibatch_size:
             raise ValueError(f"--minibatch-size {self.minibatch_size} does not divide the rollout of {rollout} steps")
         if self.total_timesteps < rollout:
             raise ValueError(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rollout} steps")
-        if (rollout if self.norm_adv == "rollout" else self.minibatch_size) < 2 and self.norm_adv != "none":
-            raise ValueError(f"--norm-adv {self.norm_adv} cannot normalise a single transition; set it to none")
-        if "" in (self.resume, self.evaluate):
-            raise ValueError("--resume and --evaluate need the folder of a run, not an empty name")
-        if self.evaluate is not None and (self.resume is not None or not self.eval_episodes):
-            raise ValueError("--evaluate plays: leave out --resume, and let --eval-episodes be at least 1")
 
 
 def fail(message: object) -> NoReturn:
@@ -172,7 +163,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         packages = next((EXTRAS[key] for key in EXTRAS if family.startswith(key)), "the package that is missing")
         fail(f"--env-id {args.env_id} cannot be imported: pip install {packages} ({error})")
     except Exception as error:  # Gymnasium's suggest a near name, the others come of a constructor
-        hint = "; for pixels take ppo_atari_baseline.py" if re.search("ALE/|NoFrameskip|MinAtar", name) else ""
+        hint = "; for pixels there is sprig_atari.py" if re.search("ALE/|NoFrameskip|MinAtar", name) else ""
         fail(f"--env-id {args.env_id} cannot be made: {type(error).__name__}: {error}{hint}")
     shown, actions = env.observation_space, env.action_space
     entries = gym.spaces.flatdim(shown) if shown.is_np_flattenable else None
@@ -180,7 +171,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     image = any(len(part.shape or ()) > 2 or part.dtype == np.uint8 and len(part.shape) > 1 for part in parts)
     matrix = len(parts) == 1 and len(shown.shape or ()) != 1 and not isinstance(shown, gym.spaces.Dict)
     if not entries or image or matrix or not all(isinstance(part, gym.spaces.Box) for part in parts):
-        fail(f"--env-id {args.env_id} shows {shown}, not a vector: wrap it, or for pixels take ppo_atari_baseline.py")
+        fail(f"--env-id {args.env_id} shows {shown}, not a vector: wrap it; for pixels there is sprig_atari.py")
     vector = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"
     if not (vector and actions.shape[0] or isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
         fail(f"--env-id {args.env_id} takes actions from {actions}; only real vectors and discrete ones from 0 will do")
@@ -607,14 +598,12 @@ def make_agent(args: Args, device: str) -> tuple[Leader, Follower]:
 
 def write(path: Path, content: dict | str) -> None:
     """All or nothing: text, JSON or, for *.pt, PyTorch's format goes to a file beside `path`, which is then renamed."""
-    with open(temporary := path.with_name(f".{path.name}.tmp"), "wb") as file:
-        if path.suffix == ".pt":
-            torch.save(content, buffer := io.BytesIO())  # straight to a full disk it raises no OSError
-            file.write(buffer.getbuffer())
-        else:
-            file.write((content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = path.with_name(f".{path.name}.tmp")
+    if path.suffix == ".pt":
+        torch.save(content, buffer := io.BytesIO())  # straight to a full disk it raises no OSError
+        temporary.write_bytes(buffer.getbuffer())
+    else:
+        temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
 
 
@@ -657,8 +646,9 @@ def start_run(args: Args) -> Path:
 def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     """From the first rollout, or that after the checkpoint, to the last. Exits if it was told to stop before."""
     leader, follower = make_agent(args, device)  # before the folder: a task that cannot be played leaves none behind
-    groups = [{"params": player.parameters(), "initial_lr": args.learning_rate} for player in (leader, follower)]
-    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
+    rates = {leader: args.learning_rate, follower: args.learning_rate}
+    groups = [{"params": player.parameters(), "lr": rate, "initial_lr": rate} for player, rate in rates.items()]
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     parts = {"leader": leader, "follower": follower, "optimizer": optimizer}
     progress = {"step": 0, "seconds": 0.0, "started": time.time()}
     if args.resume is not None:  # before args.json is written anew
@@ -668,10 +658,9 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     run_dir = start_run(args)
     if args.resume is None:
         write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
-    first_step, first_seconds = step, seconds = progress["step"], progress["seconds"]
-    started, clock = progress["started"], time.monotonic()
+    step, started, clock = progress["step"], progress["started"], time.monotonic() - progress["seconds"]
     rollout_size = args.num_envs * args.num_steps
-    first, last = step // rollout_size, args.total_timesteps // rollout_size
+    last = args.total_timesteps // rollout_size
 
     # episodes.csv is the record of a run, TensorBoard a view of it. What lies beyond the checkpoint is done again.
     episodes, head = run_dir / "episodes.csv", "agent_steps,seconds,episodic_return,episodic_length"
@@ -692,11 +681,10 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
 
     def stop(number, frame):  # the first Ctrl-C or SIGTERM ends training after this iteration, the second at once
         stops.append(number)
-        if len(stops) > 1:
-            os._exit(128 + number)
+        signal.signal(number, signal.SIG_DFL)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    for iteration in range(first, last):
+    for iteration in range(step // rollout_size, last):
         if envs is None:  # at step 0 and after each checkpoint
             envs, obs = begin_games(args, 0, step)
             leader.normaliser.running = 0.0
@@ -709,7 +697,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         except FloatingPointError as error:
             fail(f"after step {step}: {error}; the checkpoint of step {progress['step']} in {run_dir} is good")
 
-        seconds = first_seconds + time.monotonic() - clock
+        seconds = time.monotonic() - clock  # of all sittings
         with open(episodes, "a") as file:
             for t, score, length in games:
                 at = step + t * args.num_envs
@@ -718,8 +706,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
                 writer.add_scalar("charts/episodic_length", length, at, started + seconds)
                 scores.append(score)
         step += rollout_size
-        over = bool(stops) or iteration + 1 == last
-        speed = (step - first_step) / (seconds - first_seconds)
+        over, speed = bool(stops) or iteration + 1 == last, step / seconds
         unexplained = ((batch.returns - batch.values).var() / batch.returns.var()).item()
         metrics |= {"losses/explained_variance": 1 - unexplained, "charts/SPS": speed}
         metrics["charts/learning_rate"] = optimizer.param_groups[-1]["lr"]
@@ -751,7 +738,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
 
 def main(args: Args) -> dict:
     """Train, evaluate and save, or with --evaluate play a saved agent. Returns the evaluation ({} if there is none)."""
-    if saved_run := args.resume or args.evaluate:
+    if saved_run := args.evaluate or args.resume:
         for name, old in asdict(read_args(saved_run)).items():
             if name not in MAY_CHANGE and (new := getattr(args, name)) != old:
                 flag = f"--{name.replace('_', '-')}"
@@ -797,9 +784,9 @@ def parse_args() -> Args:
         return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
     given = parse(Args())
+    if saved_run := given["evaluate"] or given["resume"]:
+        given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
     try:
-        if saved_run := given["resume"] or given["evaluate"]:
-            given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
         return Args(**given)
     except ValueError as error:
         fail(error)

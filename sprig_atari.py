@@ -3,8 +3,8 @@
     python sprig_atari.py --env-id BeamRiderNoFrameskip-v4
 
 Paper: Martinez-Lopez, Chen, Lu, "SPRIG: Stackelberg Perception-Reinforcement Learning with Internal Game Dynamics",
-arXiv 2502.14264. Numbers of equations and of lines (of Algorithm 1) are the paper's. DEVIATION marks each place where
-this code does not do what is printed there, with its row in docs/paper.md.
+arXiv 2502.14264. Equations and lines (of Algorithm 1) have its numbers. DEVIATION: not as printed there, see that row
+of docs/paper.md.
 
 Reaches 530 points on BeamRider after 1M agent steps, two hours on one core (mean of n = 5 seeds, 30 games of evaluation
 each); PPO reaches 648, a random agent 361.
@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from importlib import metadata
 from math import inf
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
 if __name__ == "__main__":  # before torch is loaded
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle OpenMP threads soon stop spinning and free their cores
@@ -42,7 +42,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from ale_py.vector_env import AtariVectorEnv
-from torch.distributions import Categorical, Distribution, kl_divergence
+from torch.distributions import Categorical, Distribution
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_, get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
@@ -50,10 +50,11 @@ from torch.utils.tensorboard import SummaryWriter
 gym.register_envs(ale_py)
 
 # ==== Arguments ===================================================================================
-Count = Annotated[int, (1, inf)]  # (low, high): bounds that Args checks
-Amount = Annotated[int, (0, inf)]
-Weight = Annotated[float, (0, inf)]
-Positive = Annotated[float, (1e-12, inf)]
+Count = Annotated[int, (1, 1e12)]  # (low, high): bounds that Args checks
+Amount = Annotated[int, (0, 1e12)]
+Weight = Annotated[float, (0, 1e12)]
+Positive = Annotated[float, (1e-12, 1e12)]
+Threshold = Annotated[float | None, (1e-12, 1e12)]
 Fraction = Annotated[float, (0, 1)]
 
 
@@ -67,8 +68,8 @@ class RunArgs:
     eval_episodes: Amount = 10  # whole games played after training, on fresh seeds (0: none)
     eval_greedy: bool = False  # take the most probable action in the evaluation instead of sampling it
     checkpoint_interval: Amount = 500_000  # agent steps between checkpoints; games restart at each (0: only at the end)
-    resume: str | None = None  # folder of a run to continue, with its own arguments
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
+    resume: Path | None = None  # folder of a run to continue, with its own arguments
+    evaluate: Path | None = None  # folder of a run to evaluate instead of training
     track: bool = False  # mirror TensorBoard to Weights & Biases (needs `pip install wandb`)
 
 
@@ -86,7 +87,7 @@ class EnvironmentArgs:
 @dataclass
 class PpoArgs:
     num_steps: Count = 256  # steps of each environment per rollout, T; Table 1's rollout of 2048 is 8 x 256
-    minibatch_size: Count = 64  # transitions per gradient step, B
+    minibatch_size: Annotated[int, (2, 1e12)] = 64  # transitions per gradient step, B
     update_epochs: Count = 4  # passes over each rollout
     learning_rate: Positive = 1e-4  # Adam's step size
     anneal_lr: bool = False  # let the step size fall linearly to 0
@@ -98,23 +99,21 @@ class PpoArgs:
     ent_coef: Weight = 0.01  # weight of the entropy bonus, β
     vf_coef: Weight = 0.5  # weight of the mean squared value error (which has no further factor 1/2)
     max_grad_norm: Positive = 0.5  # largest gradient norm of a step
-    target_kl: Positive | None = None  # stop a rollout's epochs once the mean approximate KL of one exceeds this
+    target_kl: Threshold = None  # stop a rollout's epochs once the mean approximate KL of one exceeds this
 
 
 @dataclass
 class SprigArgs:
     cooperation_weight: Fraction = 0.7  # α of Eq. (8): the leader's weight on the return; 1 - α weighs its cost
     perception_cost_weight: Weight = 1e-4  # λ_c of Eq. (9)
-    perception_cost: Literal["entropy", "concentration", "l1"] = "entropy"
-    """what attention costs: spread-out rows, crowded columns, or the printed norm (a constant)"""
+    perception_cost: Literal["entropy", "concentration", "l1"] = "entropy"  # C_θ: see the function of this name
     cost_rows: Amount = 24  # query rows drawn per layer to estimate entropy or l1 (0: all; concentration: always all)
     leader_objective: Literal["clipped", "log-prob"] = "clipped"  # PPO's surrogate, or mean(log π · Â) as in line 10
     leader_gradient: Literal["first-order", "unrolled", "implicit"] = "first-order"
     """Algorithm 1's partial derivative; or the total one: through a step of the follower, or its best response"""
     leader_rate_factor: Positive = 1.0  # the leader's step size, as a multiple of --learning-rate
     leader_value_coef: Weight = 0.0  # weight of the squared value error in the leader's loss (Algorithm 1: none)
-    attention: Literal["gated", "figure4", "none"] = "gated"
-    """ReLU and x + γ·attention(x); attention(x) alone as drawn in Figure 4; or no attention"""
+    attention: Literal["gated", "figure4", "none"] = "gated"  # x + γ·attention(x), or attention(x) as in Figure 4
     feature_scale: Positive = 0.15  # factor on the features: sets how far an Adam step moves the policy
     update: Literal["joint", "stopped", "separate", "simultaneous", "stackelberg"] = "stackelberg"
     """who moves when, and down which loss: from PPO's joint step to SPRIG, each adds one change"""
@@ -132,29 +131,17 @@ class Args(SprigArgs, PpoArgs, EnvironmentArgs, RunArgs):
     def __post_init__(self):
         """Raises ValueError, one line, on values that cannot work."""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
-            for kind in (hint, *get_args(hint)):  # `Positive | None` holds its bounds inside
-                if not hasattr(kind, "__metadata__") or value is None:
-                    continue
-                low, high = kind.__metadata__[0]
-                if not low <= value <= high or value == inf:  # NaN fails every bound
-                    bound = f"finite and at least {low:g}" if high == inf else f"in [{low:g}, {high:g}]"
-                    raise ValueError(f"{flag} must be {bound}, not {value}")
+            value = getattr(self, name)
+            for low, high in getattr(hint, "__metadata__", ()):
+                if value is not None and not low <= value <= high:  # NaN fails every bound
+                    raise ValueError(f"--{name.replace('_', '-')} must be in [{low:g}, {high:g}], not {value}")
         rollout = self.num_envs * self.num_steps
         if rollout % self.minibatch_size:
             raise ValueError(f"--minibatch-size {self.minibatch_size} does not divide the rollout of {rollout} steps")
         if self.total_timesteps < rollout:
             raise ValueError(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rollout} steps")
-        if (rollout if self.norm_adv == "rollout" else self.minibatch_size) < 2 and self.norm_adv != "none":
-            raise ValueError(f"--norm-adv {self.norm_adv} cannot normalise a single transition; set it to none")
-        if "" in (self.resume, self.evaluate):
-            raise ValueError("--resume and --evaluate need the folder of a run, not an empty name")
-        if self.evaluate is not None and (self.resume is not None or not self.eval_episodes):
-            raise ValueError("--evaluate plays: leave out --resume, and let --eval-episodes be at least 1")
         if self.leader_gradient != "first-order" and self.update != "stackelberg":
             raise ValueError(f"--leader-gradient {self.leader_gradient} needs --update stackelberg")
-        if self.perception_cost_in_reward and self.attention == "none":
-            raise ValueError("--perception-cost-in-reward needs attention to pay for, but --attention is none")
         if self.paper_literal:
             for name, literal in LITERAL.items():
                 if getattr(self, name) not in (getattr(Args, name), literal):  # the default counts as not given
@@ -178,7 +165,8 @@ def env_protocol(args: Args) -> dict:
     """How the game is played: what two results must share to be comparable. Ends the run on an id that does not fit.
     Atari: as Mnih et al. 2015 and Machado et al. 2018 (arXiv 1709.06009); MinAtar: Young, Tian 2019 (arXiv 1903.03176).
     """
-    if args.env_id.startswith("MinAtar/") and "MinAtar/Breakout-v1" not in gym.registry:
+    minatar = args.env_id.startswith("MinAtar/")
+    if minatar and "MinAtar/Breakout-v1" not in gym.registry:
         try:
             from minatar.gym import register_envs
         except ImportError as error:
@@ -186,13 +174,10 @@ def env_protocol(args: Args) -> dict:
         register_envs()
     ids = [name for name in gym.registry if re.fullmatch(r"\w+NoFrameskip-v4|ALE/\w+-v5|MinAtar/\w+-v1", name)]
     if args.env_id not in ids:
-        ids.sort(key=lambda name: name[:4] == args.env_id[:4])  # its own family wins
-        games = {re.sub(r"\w+/|NoFrameskip|-v\d", "", name).lower(): name for name in ids}
-        wanted = re.sub(r"^\w+/|(NoFrameskip|Deterministic|-ram|-v\d).*", "", args.env_id).lower()
-        near = [games[game] for game in difflib.get_close_matches(wanted, games, n=1)] or ["BeamRiderNoFrameskip-v4"]
+        near = difflib.get_close_matches(args.env_id, ids, n=1, cutoff=0.5) or ["BeamRiderNoFrameskip-v4"]
         fail(f"--env-id {args.env_id} is none of the games that this script plays; take e.g. {near[0]}")
     emulator = dict(gym.spec(args.env_id).kwargs)
-    if args.env_id.startswith("MinAtar/"):
+    if minatar:
         emulator |= {"max_episode_steps": args.max_episode_steps, "sticky_action_prob": 0.1}
     else:
         limit = min(emulator["max_num_frames_per_episode"], 4 * args.max_episode_steps)
@@ -204,50 +189,39 @@ def env_protocol(args: Args) -> dict:
     return {name: getattr(args, name) for name in shown} | {"emulator": emulator, "autoreset": "same step"}
 
 
-class WholeGames(gym.vector.VectorWrapper):
-    """Adds whole games' results to `info`, under Gymnasium's keys: `AtariVectorEnv` terminates at each lost life.
-    Where some game ended (over, or truncated) `info["episode"]` holds its raw return "r" and length "l" in agent steps,
-    both (N,), and `info["_episode"]` for which rows. Raises ValueError on actions out of range."""
-
-    def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=np.asarray(seed) if isinstance(seed, list) else seed, options=options)
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        self.first_frame = info["frame_number"] - info["episode_frame_number"]
-        return obs, info
-
-    def step(self, actions):
-        if np.min(actions) < 0 or np.max(actions) >= self.single_action_space.n:  # the emulator would hang
-            raise ValueError(f"actions {actions} outside 0..{self.single_action_space.n - 1}")
-        obs, rewards, terminations, truncations, info = self.env.step(actions)
-        returns, lengths = self.returns + rewards, self.lengths + 1
-        # The emulator's frame at which the running game began: another one only if a new game has begun.
-        first_frame = info["frame_number"] - info["episode_frame_number"]
-        ended = first_frame != self.first_frame  # not at a lost life, after which the same game goes on
-        if ended.any():
-            info["episode"], info["_episode"] = {"r": returns, "l": lengths}, ended
-        self.returns, self.lengths, self.first_frame = returns * ~ended, lengths * ~ended, first_frame
-        return obs, rewards, terminations, truncations, info
-
-
-class Disturbed(gym.vector.VectorWrapper):
-    """The robustness switches: noise and distractors in what is observed, delay in what is paid. Returns in
-    `info["episode"]` stay what they are. The noise starts anew, from the games' seeds, at each reset."""
+class Games(gym.vector.VectorWrapper):
+    """Results of whole games, under Gymnasium's keys: where some game is over, or truncated, `info["_episode"]` (N,)
+    says which, and `info["episode"]` holds raw returns "r" and lengths in agent steps "l" (N,). A lost life ends none.
+    And the robustness switches: noise and distractors, seeded by `reset`, in what is observed, delay in what is paid.
+    Raises ValueError on actions out of range."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         super().__init__(envs)
         self.args = args
 
     def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=seed, options=options)
-        self.random, self.unpaid, self.steps = np.random.default_rng(seed), np.zeros(len(obs)), np.zeros(len(obs), int)
+        atari = isinstance(self.env, AtariVectorEnv)
+        obs, info = self.env.reset(seed=np.asarray(seed) if atari and isinstance(seed, list) else seed, options=options)
+        self.first_frame = info["frame_number"] - info["episode_frame_number"] if atari else None
+        self.random, (self.returns, self.unpaid) = np.random.default_rng(seed), np.zeros((2, len(obs)))
+        self.lengths, self.steps = np.zeros((2, len(obs)), int)
         return self.disturb(obs), info
 
     def step(self, actions):
+        if np.min(actions) < 0 or np.max(actions) >= self.single_action_space.n:  # the emulator would hang
+            raise ValueError(f"actions {actions} outside 0..{self.single_action_space.n - 1}")
         obs, rewards, terminations, truncations, info = self.env.step(actions)
+        over = ended = terminations | truncations
+        if self.first_frame is not None:  # Atari: the emulator's frame at which the running game began
+            first_frame = info["frame_number"] - info["episode_frame_number"]
+            ended, self.first_frame = first_frame != self.first_frame, first_frame
+        returns, lengths = self.returns + rewards, self.lengths + 1
+        if ended.any():
+            info["episode"], info["_episode"] = {"r": returns, "l": lengths}, ended
+        self.returns, self.lengths = returns * ~ended, lengths * ~ended
         if self.args.reward_delay > 1:
             # Clipped before they are added up: the sign of a sum would not tell how many there were.
             unpaid, steps = self.unpaid + (np.sign(rewards) if self.args.clip_rewards else rewards), self.steps + 1
-            over = terminations | truncations
             due = over | (steps % self.args.reward_delay == 0)
             rewards, self.unpaid, self.steps = unpaid * due, unpaid * ~due, steps * ~over
         if "final_obs" in info:
@@ -256,11 +230,10 @@ class Disturbed(gym.vector.VectorWrapper):
 
     def disturb(self, obs: np.ndarray) -> np.ndarray:
         """(..., C, H, W) uint8 -> the same, with what the switches ask for."""
-        rows = self.args.distractors
         if self.args.observation_noise:
             noise = 255 * self.args.observation_noise * self.random.standard_normal(obs.shape, dtype=np.float32)
             obs = (obs + noise).round().clip(0, 255).astype(np.uint8)
-        if rows:
+        if rows := self.args.distractors:
             obs = obs.copy()
             obs[..., :rows, :] = self.random.integers(256, size=obs[..., :rows, :].shape, dtype=np.uint8)
         return obs
@@ -278,11 +251,9 @@ def make_envs(args: Args, num_envs: int | None = None) -> gym.vector.VectorEnv:
         return gym.wrappers.TransformObservation(env, lambda x: x.transpose(2, 0, 1).astype(np.uint8) * 255, space)
 
     if args.env_id.startswith("MinAtar/"):
-        envs = gym.vector.SyncVectorEnv([minatar] * num_envs, autoreset_mode="SameStep")
-        return Disturbed(gym.wrappers.vector.RecordEpisodeStatistics(envs), args)
+        return Games(gym.vector.SyncVectorEnv([minatar] * num_envs, autoreset_mode="SameStep"), args)
     threads = min(args.threads, num_envs)
-    envs = AtariVectorEnv(num_envs=num_envs, num_threads=threads, autoreset_mode="SameStep", **emulator)
-    return Disturbed(WholeGames(envs), args)
+    return Games(AtariVectorEnv(num_envs=num_envs, num_threads=threads, autoreset_mode="SameStep", **emulator), args)
 
 
 def env_seeds(seed: int, *stream: int, num_envs: int) -> list[int]:
@@ -382,14 +353,9 @@ class Leader(nn.Module):
     def look(self, obs: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
         """What attention does on `obs`: by tag the gates, and the entropies as fractions of the largest; and a picture
         (B·H, 4·W) in [0, 1], the frames and what each layer's locations receive (white: twice the uniform share)."""
-        attention = self(obs, num_rows=0)[1] if any(self.blocks) else []
-        info = {
-            f"leader/gate_{k}": b.gate.item()
-            for k, b in enumerate(self.blocks, 1)
-            if getattr(b, "gate", None) is not None
-        }
+        info = {f"leader/{name}": gate.item() for name, gate in self.named_parameters() if gate.ndim == 0}
         tiles = [obs.amax(1, keepdim=True) / 255]  # (B, 1, H, W)
-        for k, weights in enumerate(attention, 1):  # (B, n, n)
+        for k, weights in enumerate(self(obs, num_rows=0)[1], 1):  # (B, n, n)
             info[f"leader/attention_entropy_{k}"] = perception_cost([weights], "entropy").mean().item()
             received = weights.sum(1).unflatten(1, (1, math.isqrt(weights.shape[-1]), -1))  # (B, 1, √n, √n), mean 1
             tiles.append(F.interpolate((received / 2).clamp(0, 1), obs.shape[-2:]))
@@ -623,27 +589,24 @@ def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *, ste
 
 def total_derivative(follower: Follower, features, cost, theta, phi, batch: Batch, args: Args) -> list[torch.Tensor]:
     """`leader_gradient` of the players' losses. They depend on θ by `features` and `cost` alone, whose graph leads back
-    to it: so the functions below ignore their first argument."""
+    to it: so both functions ignore their first argument."""
     names = [name for name, parameter in follower.named_parameters() if parameter.requires_grad]
 
-    def policy_and_values(phi):
+    def answer(phi):
         return functional_call(follower, dict(zip(names, phi)), (features,))
 
-    def leader_loss_fn(_, phi):
-        return leader_loss(*policy_and_values(phi), cost, batch, args)[0]
-
-    def follower_loss_fn(_, phi):
-        return follower_loss(*policy_and_values(phi), batch, args)[0]
-
-    return leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, args.leader_gradient)
+    losses = (
+        lambda _, phi: leader_loss(*answer(phi), cost, batch, args)[0],
+        lambda _, phi: follower_loss(*answer(phi), batch, args)[0],
+    )
+    return leader_gradient(*losses, theta, phi, args.leader_gradient)
 
 
 def perceive(leader: Leader, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """What the leader makes of `obs`, and what it pays for that: (features (B, F), C_θ (B,), Eq. (9))."""
     num_rows = 0 if args.perception_cost == "concentration" else args.cost_rows  # query rows per layer; 0: all
     features, attention = leader(obs, num_rows=num_rows)
-    nothing = torch.zeros(len(obs), device=features.device)
-    return features, perception_cost(attention, args.perception_cost) if attention else nothing
+    return features, perception_cost(attention, args.perception_cost) if attention else features.new_zeros(len(obs))
 
 
 def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict:
@@ -688,15 +651,12 @@ def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch
             features = leader(batch.obs)
 
     # 3. The follower answers: it descends L_φ in φ. Its features are detached, so θ gets nothing of this loss.
-    new_logits, values = follower(features.detach())
-    loss, follower_info = follower_loss(new_logits, values, batch, args)  # lines 14-17
+    logits, values = follower(features.detach())
+    loss, follower_info = follower_loss(logits, values, batch, args)  # lines 14-17
     loss.backward()
     info |= follower_info
     info["losses/grad_norm"] = clip_grad_norm_(phi if own_clip else theta + phi, args.max_grad_norm)
     optimizer.step()  # line 18
-    if leads:  # how far the leader's move alone has changed the policy
-        before, after = (action_distribution(x.detach()) for x in (logits, new_logits))
-        info["leader/kl"] = kl_divergence(before, after).mean()
     return info
 
 
@@ -774,14 +734,12 @@ def make_agent(args: Args, device: str) -> tuple[Leader, Follower]:
 
 def write(path: Path, content: dict | str) -> None:
     """All or nothing: text, JSON or, for *.pt, PyTorch's format goes to a file beside `path`, which is then renamed."""
-    with open(temporary := path.with_name(f".{path.name}.tmp"), "wb") as file:
-        if path.suffix == ".pt":
-            torch.save(content, buffer := io.BytesIO())  # straight to a full disk it raises no OSError
-            file.write(buffer.getbuffer())
-        else:
-            file.write((content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = path.with_name(f".{path.name}.tmp")
+    if path.suffix == ".pt":
+        torch.save(content, buffer := io.BytesIO())  # straight to a full disk it raises no OSError
+        temporary.write_bytes(buffer.getbuffer())
+    else:
+        temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
 
 
@@ -836,10 +794,9 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     run_dir = start_run(args)
     if args.resume is None:
         write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
-    first_step, first_seconds = step, seconds = progress["step"], progress["seconds"]
-    started, clock = progress["started"], time.monotonic()
+    step, started, clock = progress["step"], progress["started"], time.monotonic() - progress["seconds"]
     rollout_size = args.num_envs * args.num_steps
-    first, last = step // rollout_size, args.total_timesteps // rollout_size
+    last = args.total_timesteps // rollout_size
 
     # episodes.csv is the record of a run, TensorBoard a view of it. What lies beyond the checkpoint is done again.
     episodes, head = run_dir / "episodes.csv", "agent_steps,seconds,episodic_return,episodic_length"
@@ -860,11 +817,10 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
 
     def stop(number, frame):  # the first Ctrl-C or SIGTERM ends training after this iteration, the second at once
         stops.append(number)
-        if len(stops) > 1:
-            os._exit(128 + number)
+        signal.signal(number, signal.SIG_DFL)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    for iteration in range(first, last):
+    for iteration in range(step // rollout_size, last):
         if envs is None:  # at step 0 and after each checkpoint
             envs, obs = begin_games(args, 0, step)
         for group in optimizer.param_groups:
@@ -875,7 +831,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         except FloatingPointError as error:
             fail(f"after step {step}: {error}; the checkpoint of step {progress['step']} in {run_dir} is good")
 
-        seconds = first_seconds + time.monotonic() - clock
+        seconds = time.monotonic() - clock  # of all sittings
         with open(episodes, "a") as file:
             for t, score, length in games:
                 at = step + t * args.num_envs
@@ -884,8 +840,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
                 writer.add_scalar("charts/episodic_length", length, at, started + seconds)
                 scores.append(score)
         step += rollout_size
-        over = bool(stops) or iteration + 1 == last
-        speed = (step - first_step) / (seconds - first_seconds)
+        over, speed = bool(stops) or iteration + 1 == last, step / seconds
         attention, picture = leader.look(batch.obs[-4:])
         unexplained = ((batch.returns - batch.values).var() / batch.returns.var()).item()
         metrics |= attention | {"losses/explained_variance": 1 - unexplained, "charts/SPS": speed}
@@ -920,7 +875,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
 
 def main(args: Args) -> dict:
     """Train, evaluate and save, or with --evaluate play a saved agent. Returns the evaluation ({} if there is none)."""
-    if saved_run := args.resume or args.evaluate:
+    if saved_run := args.evaluate or args.resume:
         for name, old in asdict(read_args(saved_run)).items():
             if name not in MAY_CHANGE and (new := getattr(args, name)) != old:
                 flag = f"--{name.replace('_', '-')}"
@@ -969,9 +924,9 @@ def parse_args() -> Args:
         return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
     given = parse(Args())
+    if saved_run := given["evaluate"] or given["resume"]:
+        given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
     try:
-        if saved_run := given["resume"] or given["evaluate"]:
-            given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
         return Args(**given)
     except ValueError as error:
         fail(error)

@@ -3,9 +3,8 @@
     python sprig_continuous.py --env-id HalfCheetah-v5
 
 Paper: Martinez-Lopez, Chen, Lu, "SPRIG: Stackelberg Perception-Reinforcement Learning with Internal Game Dynamics",
-arXiv 2502.14264. Numbers of equations and of lines (of Algorithm 1) are the paper's. DEVIATION marks each place where
-this code does not do what is printed there, with its row in docs/paper.md. The paper knows pixels only; here the
-entries of the observation take the place of the locations of the image. MuJoCo, DM Control, Box2D, classic control.
+arXiv 2502.14264. Equations and lines (of Algorithm 1) have its numbers. DEVIATION: not as printed there, see that row
+of docs/paper.md. The paper knows pixels only; here the observation's entries take the place of the image's locations.
 
 Reaches in 1M steps (mean of n = 5 seeds, 10 games each): HalfCheetah-v5 2873, Hopper-v5 2360, Walker2d-v5 3019,
 InvertedPendulum-v5 1000; by the interquartile mean 0.97 [0.89, 1.19] of what PPO reaches.
@@ -29,7 +28,7 @@ from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from importlib import metadata
 from math import inf
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
 if __name__ == "__main__":  # before torch is loaded
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle OpenMP threads soon stop spinning and free their cores
@@ -41,16 +40,17 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, Normal
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_, get_total_norm, parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 
 # ==== Arguments ===================================================================================
-Count = Annotated[int, (1, inf)]  # (low, high): bounds that Args checks
-Amount = Annotated[int, (0, inf)]
-Weight = Annotated[float, (0, inf)]
-Positive = Annotated[float, (1e-12, inf)]
+Count = Annotated[int, (1, 1e12)]  # (low, high): bounds that Args checks
+Amount = Annotated[int, (0, 1e12)]
+Weight = Annotated[float, (0, 1e12)]
+Positive = Annotated[float, (1e-12, 1e12)]
+Threshold = Annotated[float | None, (1e-12, 1e12)]
 Fraction = Annotated[float, (0, 1)]
 
 
@@ -64,8 +64,8 @@ class RunArgs:
     eval_episodes: Amount = 10  # whole games played after training, on fresh seeds (0: none)
     eval_greedy: bool = False  # take the most probable action in the evaluation instead of sampling it
     checkpoint_interval: Amount = 100_000  # agent steps between checkpoints; games restart at each (0: only at the end)
-    resume: str | None = None  # folder of a run to continue, with its own arguments
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
+    resume: Path | None = None  # folder of a run to continue, with its own arguments
+    evaluate: Path | None = None  # folder of a run to evaluate instead of training
     track: bool = False  # mirror TensorBoard to Weights & Biases (needs `pip install wandb`)
 
 
@@ -85,7 +85,7 @@ class EnvironmentArgs:
 @dataclass
 class PpoArgs:
     num_steps: Count = 2048  # steps of each environment per rollout, T
-    minibatch_size: Count = 64  # transitions per gradient step, B
+    minibatch_size: Annotated[int, (2, 1e12)] = 64  # transitions per gradient step, B
     update_epochs: Count = 10  # passes over each rollout
     learning_rate: Positive = 3e-4  # Adam's step size
     anneal_lr: bool = True  # let the step size fall linearly to 0
@@ -97,23 +97,21 @@ class PpoArgs:
     ent_coef: Weight = 0.0  # weight of the entropy bonus, β
     vf_coef: Weight = 0.25  # weight of the mean squared value error (which has no further factor 1/2)
     max_grad_norm: Positive = 0.5  # largest gradient norm of a step
-    target_kl: Positive | None = 0.015  # stop a rollout's epochs once the mean approximate KL of one exceeds this
+    target_kl: Threshold = 0.015  # stop a rollout's epochs once the mean approximate KL of one exceeds this
 
 
 @dataclass
 class SprigArgs:
     cooperation_weight: Fraction = 0.7  # α of Eq. (8): the leader's weight on the return; 1 - α weighs its cost
     perception_cost_weight: Weight = 1e-4  # λ_c of Eq. (9)
-    perception_cost: Literal["entropy", "concentration", "l1"] = "entropy"
-    """what attention costs: spread-out rows, crowded columns, or the printed norm (a constant)"""
+    perception_cost: Literal["entropy", "concentration", "l1"] = "entropy"  # C_θ: see the function of this name
     cost_rows: Amount = 24  # query rows drawn per layer to estimate entropy or l1 (0: all; concentration: always all)
     leader_objective: Literal["clipped", "log-prob"] = "clipped"  # PPO's surrogate, or mean(log π · Â) as in line 10
     leader_gradient: Literal["first-order", "unrolled", "implicit"] = "first-order"
     """Algorithm 1's partial derivative; or the total one: through a step of the follower, or its best response"""
     leader_rate_factor: Positive = 1.0  # the leader's step size, as a multiple of --learning-rate
     leader_value_coef: Weight = 0.0  # weight of the squared value error in the leader's loss (Algorithm 1: none)
-    attention: Literal["gated", "figure4", "none"] = "gated"
-    """ReLU, x + γ·attention(x) and a gate around each layer; attention alone as drawn in Figure 4; or no attention"""
+    attention: Literal["gated", "figure4", "none"] = "gated"  # x + γ·attention(x), or attention(x) as in Figure 4
     feature_scale: Positive = 0.25  # factor on the features: sets how far an Adam step moves the policy
     update: Literal["joint", "stopped", "separate", "simultaneous", "stackelberg"] = "stackelberg"
     """who moves when, and down which loss: from PPO's joint step to SPRIG, each adds one change"""
@@ -131,29 +129,17 @@ class Args(SprigArgs, PpoArgs, EnvironmentArgs, RunArgs):
     def __post_init__(self):
         """Raises ValueError, one line, on values that cannot work."""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
-            for kind in (hint, *get_args(hint)):  # `Positive | None` holds its bounds inside
-                if not hasattr(kind, "__metadata__") or value is None:
-                    continue
-                low, high = kind.__metadata__[0]
-                if not low <= value <= high or value == inf:  # NaN fails every bound
-                    bound = f"finite and at least {low:g}" if high == inf else f"in [{low:g}, {high:g}]"
-                    raise ValueError(f"{flag} must be {bound}, not {value}")
+            value = getattr(self, name)
+            for low, high in getattr(hint, "__metadata__", ()):
+                if value is not None and not low <= value <= high:  # NaN fails every bound
+                    raise ValueError(f"--{name.replace('_', '-')} must be in [{low:g}, {high:g}], not {value}")
         rollout = self.num_envs * self.num_steps
         if rollout % self.minibatch_size:
             raise ValueError(f"--minibatch-size {self.minibatch_size} does not divide the rollout of {rollout} steps")
         if self.total_timesteps < rollout:
             raise ValueError(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rollout} steps")
-        if (rollout if self.norm_adv == "rollout" else self.minibatch_size) < 2 and self.norm_adv != "none":
-            raise ValueError(f"--norm-adv {self.norm_adv} cannot normalise a single transition; set it to none")
-        if "" in (self.resume, self.evaluate):
-            raise ValueError("--resume and --evaluate need the folder of a run, not an empty name")
-        if self.evaluate is not None and (self.resume is not None or not self.eval_episodes):
-            raise ValueError("--evaluate plays: leave out --resume, and let --eval-episodes be at least 1")
         if self.leader_gradient != "first-order" and self.update != "stackelberg":
             raise ValueError(f"--leader-gradient {self.leader_gradient} needs --update stackelberg")
-        if self.perception_cost_in_reward and self.attention == "none":
-            raise ValueError("--perception-cost-in-reward needs attention to pay for, but --attention is none")
         if self.paper_literal:
             for name, literal in LITERAL.items():
                 if getattr(self, name) not in (getattr(Args, name), literal):  # the default counts as not given
@@ -209,7 +195,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         packages = next((EXTRAS[key] for key in EXTRAS if family.startswith(key)), "the package that is missing")
         fail(f"--env-id {args.env_id} cannot be imported: pip install {packages} ({error})")
     except Exception as error:  # Gymnasium's suggest a near name, the others come of a constructor
-        hint = "; for pixels take sprig_atari.py" if re.search("ALE/|NoFrameskip|MinAtar", name) else ""
+        hint = "; for pixels there is sprig_atari.py" if re.search("ALE/|NoFrameskip|MinAtar", name) else ""
         fail(f"--env-id {args.env_id} cannot be made: {type(error).__name__}: {error}{hint}")
     shown, actions = env.observation_space, env.action_space
     entries = gym.spaces.flatdim(shown) if shown.is_np_flattenable else None
@@ -217,7 +203,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     image = any(len(part.shape or ()) > 2 or part.dtype == np.uint8 and len(part.shape) > 1 for part in parts)
     matrix = len(parts) == 1 and len(shown.shape or ()) != 1 and not isinstance(shown, gym.spaces.Dict)
     if not entries or image or matrix or not all(isinstance(part, gym.spaces.Box) for part in parts):
-        fail(f"--env-id {args.env_id} shows {shown}, not a vector: wrap it, or for pixels take sprig_atari.py")
+        fail(f"--env-id {args.env_id} shows {shown}, not a vector: wrap it; for pixels there is sprig_atari.py")
     vector = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"
     if not (vector and actions.shape[0] or isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
         fail(f"--env-id {args.env_id} takes actions from {actions}; only real vectors and discrete ones from 0 will do")
@@ -443,10 +429,8 @@ class AttentionBlock(nn.Module):
 
 
 class Leader(nn.Module):
-    """Perception, θ. Each entry of the observation becomes a token of C = 16 channels, x (n, C); each of K = 3 layers
-    then adds to all tokens: x + g·attention(ReLU(LayerNorm(linear(x)))), the attention of entries to entries.
-    (--attention figure4: x = attention(LayerNorm(linear(x))) alone; none: no attention.) The gates g start at 0, so at
-    first the features are linear in the normalised observation, like the inputs of PPO's heads.
+    """Perception, θ. Each entry of the observation becomes a token of C = 16 channels, to which K = 3 layers (linear,
+    LayerNorm, attention of entries to entries) add. Their gates start at 0: at first features are linear in entries.
     obs (B, n) or (B, 2, n) (see Disturbed) -> features (B, n·C). With `num_rows` given, (features, attention): K = 3
     tensors (B, n, n), or rows of them (see AttentionBlock)."""
 
@@ -454,8 +438,7 @@ class Leader(nn.Module):
         super().__init__()
         num_entries, channels = observation_space.shape[-1], 16
         self.normaliser = Normaliser(num_entries, args)
-        # An entry becomes the token entry · scale + bias.
-        self.token_scale = nn.Parameter(torch.randn(num_entries, channels))
+        self.token_scale = nn.Parameter(torch.randn(num_entries, channels))  # token = entry · scale + bias
         self.token_bias = nn.Parameter(torch.zeros(num_entries, channels))
         self.linears, self.norms, self.blocks = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.layer_gates = nn.ParameterList()
@@ -487,15 +470,9 @@ class Leader(nn.Module):
     def look(self, obs: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
         """What attention does on `obs`: by tag the gates, and the entropies as fractions of the largest; and a picture
         (8·n, K·8·n) in [0, 1], each layer's mean attention of entries (rows) to entries (white: twice the uniform)."""
-        attention = self(obs, num_rows=0)[1] if any(self.blocks) else []
-        info = {
-            f"leader/gate_{k}": b.gate.item()
-            for k, b in enumerate(self.blocks, 1)
-            if getattr(b, "gate", None) is not None
-        }
-        info |= {f"leader/layer_gate_{k}": g.item() for k, g in enumerate(self.layer_gates, 1) if g is not None}
+        info = {f"leader/{name}": gate.item() for name, gate in self.named_parameters() if gate.ndim == 0}
         tiles = [torch.zeros(len(self.token_bias), 0)]
-        for k, weights in enumerate(attention, 1):  # (B, n, n)
+        for k, weights in enumerate(self(obs, num_rows=0)[1], 1):  # (B, n, n)
             info[f"leader/attention_entropy_{k}"] = perception_cost([weights], "entropy").mean().item()
             tiles.append((weights.mean(0).cpu() * weights.shape[-1] / 2).clamp(0, 1))
         return info, torch.cat(tiles, -1).repeat_interleave(8, 0).repeat_interleave(8, 1)
@@ -742,27 +719,24 @@ def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *, ste
 
 def total_derivative(follower: Follower, features, cost, theta, phi, batch: Batch, args: Args) -> list[torch.Tensor]:
     """`leader_gradient` of the players' losses. They depend on θ by `features` and `cost` alone, whose graph leads back
-    to it: so the functions below ignore their first argument."""
+    to it: so both functions ignore their first argument."""
     names = [name for name, parameter in follower.named_parameters() if parameter.requires_grad]
 
-    def policy_and_values(phi):
+    def answer(phi):
         return functional_call(follower, dict(zip(names, phi)), (features,))
 
-    def leader_loss_fn(_, phi):
-        return leader_loss(*policy_and_values(phi), cost, batch, args)[0]
-
-    def follower_loss_fn(_, phi):
-        return follower_loss(*policy_and_values(phi), batch, args)[0]
-
-    return leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, args.leader_gradient)
+    losses = (
+        lambda _, phi: leader_loss(*answer(phi), cost, batch, args)[0],
+        lambda _, phi: follower_loss(*answer(phi), batch, args)[0],
+    )
+    return leader_gradient(*losses, theta, phi, args.leader_gradient)
 
 
 def perceive(leader: Leader, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """What the leader makes of `obs`, and what it pays for that: (features (B, F), C_θ (B,), Eq. (9))."""
     num_rows = 0 if args.perception_cost == "concentration" else args.cost_rows  # query rows per layer; 0: all
     features, attention = leader(obs, num_rows=num_rows)
-    nothing = torch.zeros(len(obs), device=features.device)
-    return features, perception_cost(attention, args.perception_cost) if attention else nothing
+    return features, perception_cost(attention, args.perception_cost) if attention else features.new_zeros(len(obs))
 
 
 def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict:
@@ -807,15 +781,12 @@ def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch
             features = leader(batch.obs)
 
     # 3. The follower answers: it descends L_φ in φ. Its features are detached, so θ gets nothing of this loss.
-    new_logits, values = follower(features.detach())
-    loss, follower_info = follower_loss(new_logits, values, batch, args)  # lines 14-17
+    logits, values = follower(features.detach())
+    loss, follower_info = follower_loss(logits, values, batch, args)  # lines 14-17
     loss.backward()
     info |= follower_info
     info["losses/grad_norm"] = clip_grad_norm_(phi if own_clip else theta + phi, args.max_grad_norm)
     optimizer.step()  # line 18
-    if leads:  # how far the leader's move alone has changed the policy
-        before, after = (action_distribution(x.detach()) for x in (logits, new_logits))
-        info["leader/kl"] = kl_divergence(before, after).mean()
     return info
 
 
@@ -894,14 +865,12 @@ def make_agent(args: Args, device: str) -> tuple[Leader, Follower]:
 
 def write(path: Path, content: dict | str) -> None:
     """All or nothing: text, JSON or, for *.pt, PyTorch's format goes to a file beside `path`, which is then renamed."""
-    with open(temporary := path.with_name(f".{path.name}.tmp"), "wb") as file:
-        if path.suffix == ".pt":
-            torch.save(content, buffer := io.BytesIO())  # straight to a full disk it raises no OSError
-            file.write(buffer.getbuffer())
-        else:
-            file.write((content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = path.with_name(f".{path.name}.tmp")
+    if path.suffix == ".pt":
+        torch.save(content, buffer := io.BytesIO())  # straight to a full disk it raises no OSError
+        temporary.write_bytes(buffer.getbuffer())
+    else:
+        temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
 
 
@@ -956,10 +925,9 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     run_dir = start_run(args)
     if args.resume is None:
         write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
-    first_step, first_seconds = step, seconds = progress["step"], progress["seconds"]
-    started, clock = progress["started"], time.monotonic()
+    step, started, clock = progress["step"], progress["started"], time.monotonic() - progress["seconds"]
     rollout_size = args.num_envs * args.num_steps
-    first, last = step // rollout_size, args.total_timesteps // rollout_size
+    last = args.total_timesteps // rollout_size
 
     # episodes.csv is the record of a run, TensorBoard a view of it. What lies beyond the checkpoint is done again.
     episodes, head = run_dir / "episodes.csv", "agent_steps,seconds,episodic_return,episodic_length"
@@ -980,11 +948,10 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
 
     def stop(number, frame):  # the first Ctrl-C or SIGTERM ends training after this iteration, the second at once
         stops.append(number)
-        if len(stops) > 1:
-            os._exit(128 + number)
+        signal.signal(number, signal.SIG_DFL)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    for iteration in range(first, last):
+    for iteration in range(step // rollout_size, last):
         if envs is None:  # at step 0 and after each checkpoint
             envs, obs = begin_games(args, 0, step)
             leader.normaliser.running = 0.0
@@ -997,7 +964,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         except FloatingPointError as error:
             fail(f"after step {step}: {error}; the checkpoint of step {progress['step']} in {run_dir} is good")
 
-        seconds = first_seconds + time.monotonic() - clock
+        seconds = time.monotonic() - clock  # of all sittings
         with open(episodes, "a") as file:
             for t, score, length in games:
                 at = step + t * args.num_envs
@@ -1006,8 +973,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
                 writer.add_scalar("charts/episodic_length", length, at, started + seconds)
                 scores.append(score)
         step += rollout_size
-        over = bool(stops) or iteration + 1 == last
-        speed = (step - first_step) / (seconds - first_seconds)
+        over, speed = bool(stops) or iteration + 1 == last, step / seconds
         attention, picture = leader.look(batch.obs[-256:])
         unexplained = ((batch.returns - batch.values).var() / batch.returns.var()).item()
         metrics |= attention | {"losses/explained_variance": 1 - unexplained, "charts/SPS": speed}
@@ -1042,7 +1008,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
 
 def main(args: Args) -> dict:
     """Train, evaluate and save, or with --evaluate play a saved agent. Returns the evaluation ({} if there is none)."""
-    if saved_run := args.resume or args.evaluate:
+    if saved_run := args.evaluate or args.resume:
         for name, old in asdict(read_args(saved_run)).items():
             if name not in MAY_CHANGE and (new := getattr(args, name)) != old:
                 flag = f"--{name.replace('_', '-')}"
@@ -1088,9 +1054,9 @@ def parse_args() -> Args:
         return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
     given = parse(Args())
+    if saved_run := given["evaluate"] or given["resume"]:
+        given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
     try:
-        if saved_run := given["resume"] or given["evaluate"]:
-            given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
         return Args(**given)
     except ValueError as error:
         fail(error)

@@ -151,10 +151,10 @@ def test_what_an_id_says_is_what_is_played(script, env_id, game, sticky, actions
 
 
 UNKNOWN = {
-    "Breakout": "BreakoutNoFrameskip-v4",
-    "pong": "Pong",
-    "MsPacman-v0": "MsPacmanNoFrameskip-v4",
-    "CartPole-v1": "NoFrameskip-v4",
+    "Breakout": "ALE/Breakout-v5",
+    "Pong": "ALE/Pong-v5",
+    "MsPacman-v0": "ALE/MsPacman-v5",
+    "CartPole-v1": "-v5",
     "MinAtar/Breakot-v1": "MinAtar/Breakout-v1",
 }
 
@@ -174,7 +174,7 @@ def test_seeds_of_neighbouring_runs_and_of_all_uses_are_distinct(script):
     assert {type(seed) for seed in seeds} == {int}, "a numpy integer makes the emulator raise TypeError"
 
 
-# ==== Disturbed ===================================================================================
+# ==== Robustness ==================================================================================
 @pytest.mark.parametrize(("env_id", "clip_rewards"), [(BEAMRIDER, True), (BEAMRIDER, False), (INVADERS, True)])
 def test_robustness_switches_disturb_what_is_seen_and_delay_what_is_paid(script, env_id, clip_rewards):
     common = {

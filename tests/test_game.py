@@ -261,7 +261,7 @@ def test_every_kind_of_attention_on_every_size_of_frame(attention, size, locatio
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
     info, picture = leader.look(obs)
     assert picture.shape == (2 * size, size * (1 + len(maps))) and 0 <= picture.min() <= picture.max() <= 1
-    assert ("leader/gate_3" in info) == (attention == "gated")
+    assert ("leader/blocks.2.gate" in info) == (attention == "gated")
     assert ("leader/attention_entropy_3" in info) == (attention != "none")
     if maps:  # the middle of each location's square shows what it receives; white is twice the uniform share
         side = round(locations[-1] ** 0.5)

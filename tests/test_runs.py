@@ -82,7 +82,7 @@ def test_tensorboard_shows_the_same_under_cleanrls_tags(any_script, finished):
         tags = {tag for tag in logged if tag.startswith("leader/")}
         assert {"leader/utility", "leader/perception_cost", "leader/grad_norm"} <= tags
         if any_script.__name__ not in FORKS:  # they may attend otherwise
-            assert {"leader/gate_1", "leader/attention_entropy_1", "leader/kl"} <= tags
+            assert {"leader/blocks.0.gate", "leader/attention_entropy_1"} <= tags
         images = events(run).Images("leader/attention")
         assert [image.step for image in images] == [rollout, args.total_timesteps], "at the beginning and at the end"
 
@@ -255,20 +255,20 @@ def test_help_is_in_groups_and_80_columns_wide(any_script, monkeypatch, capsys):
 
 # ---- Bad input ---------------------------------------------------------------------------------------------------
 BAD = {
-    "no environments": ({"num_envs": 0}, "--num-envs must be finite and at least 1, not 0"),
+    "no environments": ({"num_envs": 0}, "--num-envs must be in [1, 1e+12], not 0"),
     "negative steps": ({"num_steps": -1}, "--num-steps must be"),
     "negative seed": ({"seed": -1}, "--seed must be in [0, "),
     "seed too large": ({"seed": 2**40}, "--seed must be in [0, "),
     "no step size": ({"learning_rate": 0.0}, "--learning-rate must be"),
     "nan": ({"learning_rate": "nan"}, "--learning-rate must be"),
-    "infinite": ({"vf_coef": "inf"}, "--vf-coef must be finite"),
+    "infinite": ({"vf_coef": "inf"}, "--vf-coef must be in [0, 1e+12], not inf"),
     "gamma": ({"gamma": 1.5}, "--gamma must be in [0, 1], not 1.5"),
     "lambda": ({"gae_lambda": "nan"}, "--gae-lambda must be in [0, 1]"),
     "kl": ({"target_kl": "nan"}, "--target-kl must be"),
     "threads": ({"threads": 100_000}, "--threads must be in [0, 256]"),
     "too short": ({"total_timesteps": 63}, "--total-timesteps 63 is less than one rollout of 64 steps"),
     "indivisible": ({"minibatch_size": 48}, "--minibatch-size 48 does not divide the rollout of 64 steps"),
-    "one transition": ({"norm_adv": "minibatch", "minibatch_size": 1}, "--norm-adv minibatch cannot normalise"),
+    "one transition": ({"minibatch_size": 1}, "--minibatch-size must be in [2, "),
     "no such device": ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
     "nonsense device": ({"device": "abacus"}, "--device abacus cannot be used"),
     "no computer": ({"device": "meta"}, "--device meta cannot be used"),
@@ -279,18 +279,18 @@ BAD = {
     "folder not to be written": ({"run_dir": "/proc/run"}, "/proc/run cannot be written"),
     "evaluates nothing": ({"evaluate": "taken"}, "taken is not the folder of a run"),
     "resumes nothing": ({"resume": "nowhere"}, "nowhere is not the folder of a run"),
-    "no name": ({"resume": ""}, "an empty name"),
+    "no name": ({"resume": ""}, "is not the folder of a run"),
 }
 BAD_PIXELS = {
     "misspelt": ({"env_id": "BeamRidrNoFrameskip-v4"}, "take e.g. BeamRiderNoFrameskip-v4"),
     "bare name": ({"env_id": "Breakout"}, "take e.g. "),
     "vectors": ({"env_id": "CartPole-v1"}, "--env-id CartPole-v1 is none of the games"),
-    "random skip": ({"env_id": "BeamRider-v4"}, "take e.g. BeamRiderNoFrameskip-v4"),
+    "random skip": ({"env_id": "BeamRider-v4"}, "take e.g. ALE/BeamRider-v5"),
     "memory": ({"env_id": "ALE/Breakout-ram-v5"}, "take e.g. ALE/Breakout-v5"),
 }
 BAD_VECTORS = {
     "unknown task": ({"env_id": "Pendulem-v1"}, "--env-id Pendulem-v1 cannot be made"),
-    "pixels": ({"env_id": "ALE/Breakout-v5"}, "not a vector: wrap it, or for pixels take "),
+    "pixels": ({"env_id": "ALE/Breakout-v5"}, "not a vector: wrap it; for pixels there is "),
     "planes": ({"env_id": "MinAtar/Breakout-v1"}, "_atari"),
     "a grid": ({"env_id": "Taxi-v4"}, "Taxi-v4 shows Discrete(500), not a vector"),
     "no module": ({"env_id": "no_such_module:Task-v0"}, "cannot be imported"),
@@ -304,7 +304,6 @@ BAD_SPRIG = {
     ),
     "literal alpha": ({"paper_literal": True, "cooperation_weight": 0.5}, "--paper-literal sets --cooperation-weight"),
     "nobody leads": ({"leader_gradient": "unrolled", "update": "joint"}, "unrolled needs --update stackelberg"),
-    "nothing to pay": ({"perception_cost_in_reward": True, "attention": "none"}, "needs attention to pay for"),
 }
 
 
