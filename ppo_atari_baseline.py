@@ -360,6 +360,7 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
     seen, actions, logits, values, advantages, returns = (
         x.flatten(0, 1) for x in (seen, actions, logits, values, advantages, returns)
     )
+    seen = seen.contiguous(memory_format=torch.channels_last)  # once for all epochs: fast to convolve
     logprobs = action_distribution(logits).log_prob(actions)
     return Batch(seen, actions, logprobs, values, advantages, returns), obs, games
 
