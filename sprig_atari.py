@@ -52,9 +52,9 @@ gym.register_envs(ale_py)
 # ==== Arguments ===================================================================================
 Count = Annotated[int, (1, 1e12)]  # (low, high): bounds that Args checks
 Amount = Annotated[int, (0, 1e12)]
-Weight = Annotated[float, (0, 1e12)]
-Positive = Annotated[float, (1e-12, 1e12)]
-Threshold = Annotated[float | None, (1e-12, 1e12)]
+Weight = Annotated[float, (0, 1e30)]
+Positive = Annotated[float, (1e-12, 1e30)]
+Threshold = Annotated[float | None, (1e-12, 1e30)]
 Fraction = Annotated[float, (0, 1)]
 
 
@@ -140,6 +140,8 @@ class Args(SprigArgs, PpoArgs, EnvironmentArgs, RunArgs):
             raise ValueError(f"--minibatch-size {self.minibatch_size} does not divide the rollout of {rollout} steps")
         if self.total_timesteps < rollout:
             raise ValueError(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rollout} steps")
+        if self.evaluate is not None and (self.resume is not None or not self.eval_episodes):
+            raise ValueError("--evaluate plays: leave out --resume, and let --eval-episodes be at least 1")
         if self.leader_gradient != "first-order" and self.update != "stackelberg":
             raise ValueError(f"--leader-gradient {self.leader_gradient} needs --update stackelberg")
         if self.paper_literal:
@@ -818,7 +820,8 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
 
     def stop(number, frame):  # the first Ctrl-C or SIGTERM ends training after this iteration, the second at once
         stops.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if len(stops) > 1:
+            os._exit(128 + number)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     for iteration in range(step // rollout_size, last):
@@ -925,9 +928,9 @@ def parse_args() -> Args:
         return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
     given = parse(Args())
-    if saved_run := given["evaluate"] or given["resume"]:
-        given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
     try:
+        if saved_run := given["evaluate"] or given["resume"]:
+            given = parse(replace(read_args(saved_run), resume=given["resume"], evaluate=given["evaluate"]))
         return Args(**given)
     except ValueError as error:
         fail(error)

@@ -125,18 +125,14 @@ def test_a_matrix_is_played_exported_and_then_skipped_and_what_fails_is_tried_tw
     assert code == 1, said
     log = folder / "runs" / "tiny" / "CartPole-v1__diverging__1.log"
     assert log.read_text().count("is not finite") == 2 and said.count("is not finite") == 2, "as it ends, in the list"
-    assert said.splitlines()[-1].startswith(
-        "failed: [1] CartPole-v1 diverging seed 1: exit code 1: error: after step 0"
-    )
+    assert "failed: [1] CartPole-v1 diverging seed 1: exit code 1: error: after step 0" in said.splitlines()[-1]
     result = folder / "results" / "tiny" / "CartPole-v1" / "ppo_seed1.json"
     record = json.loads(result.read_text())
     keys = {"script", "arguments", "protocol", "versions", "hardware", "trained_steps", "evaluation"}
     assert set(record) == keys and record["arguments"]["run_dir"] == ""
     assert record["trained_steps"] == 256 and len(record["evaluation"]["returns"]) == 2
-    assert (
-        gzip.decompress(result.with_suffix(".csv.gz").read_bytes())
-        == (folder / "runs/tiny/CartPole-v1__ppo__1/episodes.csv").read_bytes()
-    )
+    exported, own = result.with_suffix(".csv.gz"), folder / "runs/tiny/CartPole-v1__ppo__1/episodes.csv"
+    assert gzip.decompress(exported.read_bytes()) == own.read_bytes()
     assert len(games(result)) > 8
     before = {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*")}
     runner.main(runner.Args(write_matrix()))
@@ -282,17 +278,17 @@ def test_committed_matrices_are_sound_and_committed_results_are_theirs(path):
     assert not [state for state in map(runner.find_state, runs) if state.startswith("differs")]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rounds": 0}, "--rounds 0 is less than 1"),
-        ({"flags": "--num-step 3"}, "--flags: ppo_atari_baseline.py: Unrecognized options: --num-step"),
-        ({"against": Path("/proc")}, "/proc has no ppo_atari_baseline.py"),
-        ({"cleanrl": ROOT}, "has no cleanrl/ppo_atari.py"),
-        ({"results": Path("/proc/x")}, "--results /proc/x cannot be written"),
-        ({"results": ROOT / "benchmark" / "results", "name": "speed"}, "speed.csv or its .md is there already"),
-    ],
-)
+BAD_SPEED = [
+    ({"rounds": 0}, "--rounds 0 is less than 1"),
+    ({"flags": "--num-step 3"}, "--flags: ppo_atari_baseline.py: Unrecognized options: --num-step"),
+    ({"against": Path("/proc")}, "/proc has no ppo_atari_baseline.py"),
+    ({"cleanrl": ROOT}, "has no cleanrl/ppo_atari.py"),
+    ({"results": Path("/proc/x")}, "--results /proc/x cannot be written"),
+    ({"results": ROOT / "benchmark" / "results", "name": "speed"}, "speed.csv or its .md is there already"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_SPEED)
 def test_speed_refuses_what_it_cannot_measure_before_it_measures(changes, message):
     with pytest.raises(SystemExit, match=message) as error:
         speed.main(speed.Args(**changes))

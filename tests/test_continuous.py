@@ -149,7 +149,7 @@ def test_the_wrapped_tasks_actions_count(script, kind):
 
 REFUSED = {
     "unknown": ("HalfCheeta-v5", "Did you mean: `HalfCheetah`"),
-    "pixels": ("ALE/Pong-v5", "for pixels take"),
+    "pixels": ("ALE/Pong-v5", "for pixels there is"),
     "one number": ("FrozenLake-v1", "not a vector"),
     "image": (registered(Odd, space=IMAGE["camera"]), "not a vector"),
     "image in a dictionary": (registered(Odd, space=IMAGE), "not a vector"),

@@ -232,9 +232,6 @@ def test_command_lines_that_do_not_fit_a_saved_run_are_refused(any_script, saved
     check(f"trained with --num-envs 2, not {default}; leave out --num-envs", "--resume", run, "--num-envs", default)
     check("--evaluate plays: leave out --resume", "--evaluate", run, "--resume", run)
     check("let --eval-episodes be at least 1", "--evaluate", run, "--eval-episodes", "0")
-    monkeypatch.chdir(run)  # an empty name is not that of this folder
-    check("an empty name", "--resume", "")
-    check("an empty name", "--evaluate", "")
 
 
 @pytest.mark.parametrize(("name", "twin"), [*permutations(TWINS), *permutations(CONTINUOUS)])

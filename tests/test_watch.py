@@ -88,16 +88,17 @@ def test_what_a_closed_gate_holds_back_is_not_coloured():
     assert reddest[0] == 0 < reddest[1] < 40 < reddest[2]
 
 
-@pytest.mark.parametrize(
-    ("env_id", "action", "entry"),
-    [
-        ("CartPole-v1", "push left", "position"),
-        ("HalfCheetah-v5", "bthigh", "pos rootz"),
-        ("Humanoid-v5", "abdomen_y", ""),
-    ]
-    + [("dm_control/cheetah-run-v0", "action 0", "position 0")],
-)
-def test_one_game_of_vectors(env_id, action, entry, tmp_path, drawn):
+LABELS = {  # of the first action and of the first entry
+    "CartPole-v1": ("push left", "position"),
+    "HalfCheetah-v5": ("bthigh", "pos rootz"),
+    "Humanoid-v5": ("abdomen_y", ""),
+    "dm_control/cheetah-run-v0": ("action 0", "position 0"),
+}
+
+
+@pytest.mark.parametrize("env_id", LABELS)
+def test_one_game_of_vectors(env_id, tmp_path, drawn):
+    action, entry = LABELS[env_id]
     run = train(sprig_continuous, tmp_path / "run", env_id)
     (run / "model.pt").unlink()  # as if it were not finished
     watch.main(watch.Args(run, steps=3, output=tmp_path / "film"))
