@@ -296,7 +296,7 @@ def env_seeds(seed: int, *stream: int, num_envs: int) -> list[int]:
 def begin_games(args: Args, *stream: int, num_envs: int | None = None) -> tuple[gym.vector.VectorEnv, np.ndarray]:
     """New games and their first observations. All that is random starts anew here, from (seed, *stream). Training
     begins new games at step 0 and at each checkpoint: so a checkpoint holds only what was learnt, and a run resumed
-    from it equals, bit for bit, one that went on."""
+    from it equals, bit for bit, one that went on from it."""
     seeds = env_seeds(args.seed, *stream, num_envs=num_envs or args.num_envs)
     torch.manual_seed(seeds[0])
     np.random.seed(seeds[0])  # noqa: NPY002, some tasks draw from it

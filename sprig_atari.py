@@ -267,7 +267,7 @@ def env_seeds(seed: int, *stream: int, num_envs: int) -> list[int]:
 def begin_games(args: Args, *stream: int, num_envs: int | None = None) -> tuple[gym.vector.VectorEnv, np.ndarray]:
     """New games and their first observations. All that is random starts anew here, from (seed, *stream). Training
     begins new games at step 0 and at each checkpoint: so a checkpoint holds only what was learnt, and a run resumed
-    from it equals, bit for bit, one that went on."""
+    from it equals, bit for bit, one that went on from it."""
     seeds = env_seeds(args.seed, *stream, num_envs=num_envs or args.num_envs)
     torch.manual_seed(seeds[0])
     np.random.seed(seeds[0])  # noqa: NPY002, some tasks draw from it
@@ -300,11 +300,11 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, num_rows: int | None = None):
         """Returns (output, weights): weights (B, n, n), each row a distribution, or with 0 < `num_rows` < n as many of
-        these rows, drawn at random, the same for the whole batch. What replaces attention returns the same."""
+        these rows, drawn at random, the same for the whole batch. What replaces attention may return None for them."""
         n = x.shape[1]
         query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/8), (B, n, C/8), (B, n, C)
         query, key = query * query.shape[-1] ** -0.5, key.transpose(1, 2)
-        if n <= 100:
+        if n <= 100 or x.is_cuda:
             weights = (query @ key).softmax(-1)  # (B, n, n)
             attended = weights @ value  # (B, n, C)
         else:  # 8 samples at a time, whose weights stay in a CPU's cache
@@ -345,7 +345,7 @@ class Leader(nn.Module):
             if block is not None:
                 tokens, weights = block(x.flatten(1, 2), num_rows)  # (B, H·W, C)
                 x = tokens.view_as(x)
-                attention.append(weights)
+                attention += [weights] if weights is not None else []
             x = x.permute(0, 3, 1, 2)  # (B, C, H, W)
         # DEVIATION: row 11, scaled down to the Nature CNN's size: at unit scale each of Adam's steps is a leap
         features = self.feature_scale * x.flatten(1)  # (B, F)
@@ -441,7 +441,7 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
     next_values = torch.cat([values[1:], last_value[None]])
     for t, row, value in cuts:
         next_values[t, row] = value
-    if args.clip_rewards and args.reward_delay == 1:  # delayed rewards are clipped already, see Disturbed
+    if args.clip_rewards and args.reward_delay == 1:  # delayed rewards are clipped already, see Games
         rewards = rewards.sign()
     if args.perception_cost_in_reward:  # R - λ_c C_θ(s), as in Eq. (13)
         rewards -= args.perception_cost_weight * torch.stack([perceive(leader, x, args)[1] for x in seen])
@@ -851,7 +851,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         metrics["charts/learning_rate"] = optimizer.param_groups[-1]["lr"]
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step, started + seconds)
-        if any(leader.blocks) and (over or iteration == 0 or step % 100_000 < rollout_size):
+        if picture.numel() and (over or iteration == 0 or step % 100_000 < rollout_size):
             writer.add_image("leader/attention", picture, step, started + seconds, dataformats="HW")
         if over or sys.stderr.isatty() or seconds - shown >= 60:  # a log file gets a line a minute
             shown, total = seconds, last * rollout_size
