@@ -654,7 +654,8 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     parts = {"leader": leader, "follower": follower, "optimizer": optimizer}
     progress = {"step": 0, "seconds": 0.0, "started": time.time()}
     if args.resume is not None:  # before args.json is written anew
-        progress = load(Path(args.resume) / "checkpoint.pt", parts)
+        saved = load(Path(args.resume) / "checkpoint.pt", parts)
+        progress = {name: saved[name] for name in progress}
         if progress["step"] > args.total_timesteps:
             fail(f"--total-timesteps {args.total_timesteps}: {args.resume} has taken {progress['step']} steps already")
     run_dir = start_run(args)
@@ -709,20 +710,20 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
                 writer.add_scalar("charts/episodic_length", length, at, started + seconds)
                 scores.append(score)
         step += rollout_size
-        over, speed = bool(stops) or iteration + 1 == last, step / seconds
+        final, speed = bool(stops) or iteration + 1 == last, step / seconds
         unexplained = ((batch.returns - batch.values).var() / batch.returns.var()).item()
         metrics |= {"losses/explained_variance": 1 - unexplained, "charts/SPS": speed}
         metrics["charts/learning_rate"] = optimizer.param_groups[-1]["lr"]
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step, started + seconds)
-        if over or sys.stderr.isatty() or seconds - shown >= 60:  # a log file gets a line a minute
+        if final or sys.stderr.isatty() or seconds - shown >= 60:  # a log file gets a line a minute
             shown, total = seconds, last * rollout_size
             score = f"{np.mean(scores[-20:]):.1f}" if scores else "-"
             bar, hours = "#" * (20 * step // total), (total - step) / speed / 3600
             line = f"[{bar:20}] {step:,} of {total:,} steps, {speed:.0f}/s, {hours:.2f} h left, return {score}"
             say(f"\r{line}\033[K" if sys.stderr.isatty() else f"{line}\n")
-        # Due if this rollout has crossed a multiple of the interval.
-        if over or (args.checkpoint_interval and step % args.checkpoint_interval < rollout_size):
+        # A checkpoint is due if this rollout has crossed a multiple of the interval. Games then begin anew.
+        if final or (args.checkpoint_interval and step % args.checkpoint_interval < rollout_size):
             writer.flush()
             progress |= {"step": step, "seconds": seconds}
             write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
@@ -783,7 +784,7 @@ def parse_args() -> Args:
     def parse(defaults: Args) -> dict:
         values = asdict(defaults)
         parts = {name: group(**{f.name: values[f.name] for f in fields(group)}) for name, group in groups.items()}
-        parsed = tyro.cli(flags, default=flags(**parts), description=__doc__.split("\n\nPaper")[0])
+        parsed = tyro.cli(flags, default=flags(**parts), description=(__doc__ or "").split("\n\nPaper")[0])
         return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
     given = parse(Args())
