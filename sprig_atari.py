@@ -312,8 +312,7 @@ class AttentionBlock(nn.Module):
             attended = torch.cat([torch.bmm(torch.bmm(q, k).softmax(-1), v) for q, k, v in pieces])
         output = attended if self.gate is None else torch.addcmul(x, self.gate, attended)
         if num_rows and num_rows < n:  # computed again: the gradient of a part of all n rows takes longer
-            rows = torch.randperm(n, device=x.device)[:num_rows]
-            weights = torch.bmm(query[:, rows], key).softmax(-1)  # (B, num_rows, n)
+            weights = torch.bmm(query[:, torch.randperm(n, device=x.device)[:num_rows]], key).softmax(-1)
         elif weights is None and num_rows is not None:
             weights = torch.bmm(query, key).softmax(-1)
         return output, weights
