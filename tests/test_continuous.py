@@ -117,20 +117,14 @@ def test_dictionaries_are_flattened(script):
     assert script.env_protocol(args)["observation"] == "5 entries"
 
 
+def changed(function, space):
+    return lambda env: gym.wrappers.TransformAction(env, function, space)
+
+
 WRAPPED = {  # name: (wrapper, the space that it shows, an action in it, what reaches the task)
     "rescaled": (lambda env: gym.wrappers.RescaleAction(env, -ONE, ONE), str(PAIR), [5.0, -0.5], [2.0, -1.0]),
-    "fewer": (
-        lambda env: gym.wrappers.TransformAction(env, lambda a: np.append(a, 0), PAIR),
-        str(PAIR),
-        [-7.0, 0.5],
-        [-1.0, 0.5, 0.0],
-    ),
-    "discrete": (
-        lambda env: gym.wrappers.TransformAction(env, lambda a: np.full(2, a - 1), THREE),
-        "Discrete(3)",
-        2,
-        [1, 1],
-    ),
+    "fewer": (changed(lambda a: np.append(a, 0), PAIR), str(PAIR), [-7.0, 0.5], [-1.0, 0.5, 0.0]),
+    "discrete": (changed(lambda a: np.full(2, a - 1), THREE), "Discrete(3)", 2, [1, 1]),
 }
 
 
