@@ -104,7 +104,7 @@ class PpoArgs:
 class SprigArgs:
     cooperation_weight: Fraction = 0.7  # α of Eq. (8): the leader's weight on the return; 1 - α weighs its cost
     perception_cost_weight: Weight = 1e-4  # λ_c of Eq. (9)
-    perception_cost: Literal["entropy", "concentration", "l1"] = "entropy"  # C_θ: see the function of this name
+    perception_cost: Literal["entropy", "concentration", "l1"] = "entropy"  # spread rows, crowded columns, as printed
     cost_rows: Amount = 24  # query rows drawn per layer to estimate entropy or l1 (0: all; concentration: always all)
     leader_objective: Literal["clipped", "log-prob"] = "clipped"  # PPO's surrogate, or mean(log π · Â) as in line 10
     leader_gradient: Literal["first-order", "unrolled", "implicit"] = "first-order"
