@@ -89,11 +89,11 @@ class Run:
         sums = inside @ self.games["episodic_return"].to_numpy()
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
-    def score(self, name: str) -> float:
-        """`name`: a key of SCORES. NaN if there is none."""
+    def score(self, name: str, steps: int = 0) -> float:
+        """`name`: a key of SCORES, after `steps` (0: all that it trained). NaN if there is none."""
         if name == "evaluation":
             return np.nan if self.evaluation is None else self.evaluation
-        points = pd.Series(self.curve())
+        points = pd.Series(self.curve(steps))
         return float(points.iloc[-1] if name == "final" else points[WINDOW - 1 :: WINDOW].mean())
 
 
@@ -285,8 +285,9 @@ def refuse_other(run: Run, matrix: Matrix, label: str, wanted: dict) -> None:
     if label in matrix.scripts and run.script != matrix.scripts[label]:
         fail(f"{run.path} is of {run.script}; {matrix.name} has {matrix.scripts[label]}")
     rollout = run.arguments.get("num_envs", 1) * run.arguments.get("num_steps", 2048)
-    if not 0 <= matrix.steps - run.steps < rollout:  # a run ends with its last whole rollout
-        fail(f"{run.path} has {run.steps:,} agent steps; {matrix.name} has {matrix.steps:,}")
+    steps = wanted.get("total_timesteps", matrix.steps)
+    if not 0 <= steps - run.steps < rollout:  # a run ends with its last whole rollout
+        fail(f"{run.path} has {run.steps:,} agent steps; {matrix.name} has {steps:,}")
 
 
 def refuse_odd(runs: list[Run]) -> None:
@@ -369,7 +370,7 @@ class Published:
             return rows.loc[names == label, entry["column"]].to_numpy(float)
         name, _, label = label.rpartition("/")
         runs = self.matrix(name or entry["matrix"]).runs.get((task, label), [])
-        found = np.array([run.score(entry.get("score", "final")) for run in runs])
+        found = np.array([run.score(entry.get("score", "final"), entry.get("steps", 0)) for run in runs])
         if not len(found) or np.isnan(found).any():
             fail(f"questions.toml compares {name or entry['matrix']}/{label} on {task}, of which a score is missing")
         return found

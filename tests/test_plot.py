@@ -71,8 +71,7 @@ def make_run(folder, script="ppo.py", task="Near-v1", seed=1, level=100, steps=S
 
 def export(path, script, task, seed, level, **other):
     path.parent.mkdir(parents=True, exist_ok=True)
-    extra = {"evaluation": None, "trained_steps": STEPS}
-    path.write_text(json.dumps(record(script, task, seed, **other) | extra))
+    path.write_text(json.dumps(record(script, task, seed, **other) | {"evaluation": None, "trained_steps": STEPS}))
     games(level, seed).to_csv(path.with_suffix(".csv.gz"), index=False)
 
 
@@ -112,7 +111,7 @@ def test_a_point_is_the_mean_of_the_games_that_ended_in_its_window():
     rows = pd.DataFrame({"agent_steps": [5, 95, 100, 1000], "episodic_return": [1.0, 2.0, 6.0, 9.0]})
     run = plot.Run(Path("x"), "ppo.py", "T", 1, {}, rows, 1000, None)
     assert list(run.curve()[[0, 9, 18, 99]]) == [1, 3, 4, 9]  # games up to step 10, up to 100, in (90, 190], at the end
-    assert run.score("final") == 9 and run.score("area") == (3 + 9) / 2
+    assert run.score("final") == 9 and run.score("final", 100) == 4 and run.score("area") == (3 + 9) / 2
     assert np.isnan([run.score("evaluation"), run.curve()[19]]).all()
 
 
@@ -128,9 +127,10 @@ def test_differences_have_the_textbook_interval_and_the_textbook_power():
 
 
 def test_a_row_is_corrected_after_holm_for_its_tests(root):
-    tests = plot.Published(root).tests(ENTRY)
+    tests, early = (plot.Published(root).tests(ENTRY | more) for more in ({}, {"steps": STEPS // 2}))
     small, large = sorted(tests["p"])
     assert 0.1 < large < 0.5 and sorted(tests["corrected"]) == pytest.approx([2 * small, large])
+    assert early["difference"][0] == pytest.approx(tests["difference"][0] / 2, abs=3)  # returns rise with the steps
 
 
 def test_across_tasks_outliers_are_left_out_and_the_reference_varies_too():
