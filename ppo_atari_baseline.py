@@ -22,9 +22,8 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
-from math import inf
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
@@ -132,8 +131,7 @@ def say(text: str, stream=None) -> None:
 # ==== Environment =================================================================================
 def env_protocol(args: Args) -> dict:
     """How the game is played: what two results must share to be comparable. Ends the run on an id that does not fit.
-    Atari: as Mnih et al. 2015 and Machado et al. 2018 (arXiv 1709.06009); MinAtar: Young, Tian 2019 (arXiv 1903.03176).
-    """
+    Atari: as Mnih et al. 2015 and Machado et al. 2018 (arXiv 1709.06009); MinAtar: Young, Tian (arXiv 1903.03176)."""
     minatar = args.env_id.startswith("MinAtar/")
     if minatar and "MinAtar/Breakout-v1" not in gym.registry:
         try:
@@ -152,43 +150,34 @@ def env_protocol(args: Args) -> dict:
         limit = min(emulator["max_num_frames_per_episode"], 4 * args.max_episode_steps)
         emulator |= {"frameskip": 4, "maxpool": True, "max_num_frames_per_episode": limit}
         emulator |= {"noop_max": 30, "use_fire_reset": True}  # at the start of a game; later the agent presses FIRE
-        emulator["life_loss_info"] = True  # ends the learner's episode; episodic_life would restart the whole game
         emulator["reward_clipping"] = False  # on by default; the learner clips, so that logged returns are raw
     shown = ("env_id", "clip_rewards", "observation_noise", "distractors", "reward_delay")
     return {name: getattr(args, name) for name in shown} | {"emulator": emulator, "autoreset": "same step"}
 
 
 class Games(gym.vector.VectorWrapper):
-    """Results of whole games, under Gymnasium's keys: where some game is over, or truncated, `info["_episode"]` (N,)
-    says which, and `info["episode"]` holds raw returns "r" and lengths in agent steps "l" (N,). A lost life ends none.
-    And the robustness switches: noise and distractors, seeded by `reset`, in what is observed, delay in what is paid.
-    Raises ValueError on actions out of range."""
+    """A lost life terminates the learner's episode, while the game plays on: `info["episode"]` is of whole games, raw.
+    And the robustness switches: noise and distractors, seeded by `reset`, in what is seen, delay in what is paid."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
-        super().__init__(envs)
+        super().__init__(gym.wrappers.vector.RecordEpisodeStatistics(envs))
         self.args = args
 
     def reset(self, *, seed=None, options=None):
-        atari = isinstance(self.env, AtariVectorEnv)
+        atari = isinstance(self.unwrapped, AtariVectorEnv)
         obs, info = self.env.reset(seed=np.asarray(seed) if atari and isinstance(seed, list) else seed, options=options)
-        self.first_frame = info["frame_number"] - info["episode_frame_number"] if atari else None
-        self.random, (self.returns, self.unpaid) = np.random.default_rng(seed), np.zeros((2, len(obs)))
-        self.lengths, self.steps = np.zeros((2, len(obs)), int)
+        self.lives, self.random = info.get("lives", 0), np.random.default_rng(seed)  # MinAtar's games have one life
+        self.unpaid, self.steps = np.zeros(len(obs)), np.zeros(len(obs), int)
         return self.disturb(obs), info
 
     def step(self, actions):
         if np.min(actions) < 0 or np.max(actions) >= self.single_action_space.n:  # the emulator would hang
             raise ValueError(f"actions {actions} outside 0..{self.single_action_space.n - 1}")
         obs, rewards, terminations, truncations, info = self.env.step(actions)
-        over = ended = terminations | truncations
-        if self.first_frame is not None:  # Atari: the emulator's frame at which the running game began
-            first_frame = info["frame_number"] - info["episode_frame_number"]
-            ended, self.first_frame = first_frame != self.first_frame, first_frame
-        returns, lengths = self.returns + rewards, self.lengths + 1
-        if ended.any():
-            info["episode"], info["_episode"] = {"r": returns, "l": lengths}, ended
-        self.returns, self.lengths = returns * ~ended, lengths * ~ended
+        lives = info.get("lives", 0)  # the emulator's own episodic_life would restart the whole game
+        terminations, self.lives = terminations | (lives < self.lives) & ~truncations, lives
         if self.args.reward_delay > 1:
+            over = terminations | truncations
             # Clipped before they are added up: the sign of a sum would not tell how many there were.
             unpaid, steps = self.unpaid + (np.sign(rewards) if self.args.clip_rewards else rewards), self.steps + 1
             due = over | (steps % self.args.reward_delay == 0)
@@ -210,8 +199,7 @@ class Games(gym.vector.VectorWrapper):
 
 def make_envs(args: Args, num_envs: int | None = None) -> gym.vector.VectorEnv:
     """`num_envs` games (default: --num-envs): obs (N, C, H, W) uint8, rewards (N,) raw, autoreset within the step.
-    Atari: C = 4 stacked frames of 84x84; `terminations` marks lost lives too, `truncations` games cut at the step
-    limit, `info["lives"]` is the emulator's. MinAtar: C planes of 10x10, 0 or 255."""
+    Atari: C = 4 stacked frames of 84x84, `info["lives"]` the emulator's. MinAtar: C planes of 10x10, 0 or 255."""
     emulator, num_envs = env_protocol(args)["emulator"], num_envs or args.num_envs
 
     def minatar() -> gym.Env:
@@ -326,9 +314,8 @@ def normalise(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, args: Args):
-    """Play T steps of N environments from `obs` (N, ...) with the current policy. Returns (batch of T·N
-    transitions, observations to go on from, games): of each whole game that ended the steps into the rollout, its raw
-    return and its length."""
+    """Play T steps of N environments from `obs` (N, ...). Returns (batch of T·N transitions, next `obs`,
+    games): of each whole game that ended the steps into the rollout, its raw return and its length."""
     device = next(follower.parameters()).device
     steps, paid, cuts, games = [], [], [], []
     with torch.inference_mode():
@@ -339,13 +326,11 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
             steps.append((seen, actions, logits, values))
             obs, rewards, terminations, truncations, info = envs.step(actions.cpu().numpy())
             paid.append((rewards, terminations, terminations | truncations))
-            if truncations.any():  # the next value is then that of the final observation, not of the next game's first
-                for row in np.flatnonzero(truncations & ~terminations):
-                    final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)
-                    cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
-            if "_episode" in info:
-                for row in np.flatnonzero(info["_episode"]):
-                    games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
+            for row in np.flatnonzero(truncations & ~terminations):  # its next observation is not the next game's first
+                final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)
+                cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
+            for row in np.flatnonzero(info.get("_episode", ())):
+                games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
         last_value = follower(leader(torch.from_numpy(obs).to(device)))[1]
     # Stacked outside the inference mode, as its own tensors cannot be learnt from.
     seen, actions, logits, values = (torch.stack(column) for column in zip(*steps))  # (T, N, ...)
@@ -355,16 +340,13 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
         next_values[t, row] = value
     if args.clip_rewards and args.reward_delay == 1:  # delayed rewards are clipped already, see Games
         rewards = rewards.sign()
-    ends = (terminations, dones)
-    advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+    advantages, returns = compute_gae(rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda)
     if args.norm_adv == "rollout":
         advantages = normalise(advantages)
-    seen, actions, logits, values, advantages, returns = (
-        x.flatten(0, 1) for x in (seen, actions, logits, values, advantages, returns)
-    )
-    seen = seen.contiguous(memory_format=torch.channels_last)  # once for all epochs: fast to convolve
-    logprobs = action_distribution(logits).log_prob(actions)
-    return Batch(seen, actions, logprobs, values, advantages, returns), obs, games
+    logprobs = action_distribution(logits.flatten(0, 1)).log_prob(actions.flatten(0, 1)).view_as(values)
+    batch = Batch(*(x.flatten(0, 1) for x in (seen, actions, logprobs, values, advantages, returns)))
+    seen = batch.obs.contiguous(memory_format=torch.channels_last)  # once for all epochs: fast to convolve
+    return batch._replace(obs=seen), obs, games
 
 
 # ==== Losses ======================================================================================
@@ -387,13 +369,9 @@ def follower_loss(logits, values, batch: Batch, args: Args):
     value_loss, entropy = value_error.mean(), policy.entropy().mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     change = log_ratio.expm1()  # (B,) of the probability ratio from 1
-    info = {
-        "losses/policy_loss": policy_loss,
-        "losses/value_loss": value_loss,
-        "losses/entropy": entropy,
-        "losses/approx_kl": (change - log_ratio).mean(),  # http://joschu.net/blog/kl-approx.html
-        "losses/clipfrac": (change.abs() > args.clip_coef).float().mean(),
-    }
+    info = {"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy}
+    info["losses/approx_kl"] = (change - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+    info["losses/clipfrac"] = (change.abs() > args.clip_coef).float().mean()
     return loss, {tag: x.detach() for tag, x in info.items()}
 
 
@@ -424,10 +402,9 @@ def update(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Ar
         if args.target_kl and torch.stack([info["losses/approx_kl"] for info in epoch]).mean() > args.target_kl:
             break
     metrics = {tag: torch.stack([info[tag] for info in history]).mean() for tag in history[0]}
-    parameters = nn.ModuleDict({"leader": leader, "follower": follower}).named_parameters()
-    with torch.no_grad():  # finite parameters can still be too large to act
+    with torch.no_grad():  # the agent after the last step, which the metrics have not seen
         acts = zip(("the policy", "the value"), follower(leader(minibatch.obs)))
-    for name, value in (*metrics.items(), *parameters, *acts):
+    for name, value in (*metrics.items(), *acts):
         if not value.isfinite().all():
             raise FloatingPointError(f"{name} is not finite")
     return {tag: mean.item() for tag, mean in metrics.items()}
@@ -439,20 +416,19 @@ def evaluate(leader: Leader, follower: Follower, args: Args) -> dict:
     """Play `args.eval_episodes` whole games on seeds that training never used, one environment per game, each game
     counted: the first games to end among many would be the short ones. Returns, ready for JSON, raw "returns" and
     "lengths" (agent steps), "mean" and "std" of the returns, and the "protocol"."""
-    num_games, device = args.eval_episodes, next(follower.parameters()).device
-    envs, obs = begin_games(args, 1, num_envs=num_games)
-    returns, lengths, playing = np.zeros(num_games), np.zeros(num_games, int), np.ones(num_games, bool)
-    while playing.any():
+    device = next(follower.parameters()).device
+    envs, obs = begin_games(args, 1, num_envs=args.eval_episodes)
+    games = {}  # return and length of each environment's first game
+    while len(games) < args.eval_episodes:
         policy = action_distribution(follower(leader(torch.from_numpy(obs).to(device)))[0])
         actions = (policy.mode if args.eval_greedy else policy.sample()).cpu().numpy()
-        actions[~playing] = 0  # a game that is over idles
+        actions[list(games)] = 0  # a game that is over idles
         obs, _, _, _, info = envs.step(actions)
-        if "_episode" in info:
-            ended = playing & info["_episode"]
-            returns[ended], lengths[ended] = info["episode"]["r"][ended], info["episode"]["l"][ended]
-            playing &= ~ended
+        for row in np.flatnonzero(info.get("_episode", ())):
+            games.setdefault(row, (info["episode"]["r"][row].item(), info["episode"]["l"][row].item()))
     envs.close()
-    scores = {"returns": returns.tolist(), "lengths": lengths.tolist(), "mean": returns.mean(), "std": returns.std()}
+    returns, lengths = map(list, zip(*(games[row] for row in sorted(games))))
+    scores = {"returns": returns, "lengths": lengths, "mean": np.mean(returns), "std": np.std(returns)}
     return scores | {"greedy": args.eval_greedy, "protocol": env_protocol(args)}
 
 
@@ -472,8 +448,7 @@ MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_gre
 
 
 def make_agent(args: Args, device: str) -> tuple[Leader, Follower]:
-    envs, _ = begin_games(args, 0, num_envs=1)
-    envs.step(envs.action_space.sample())  # a task that breaks its own declaration shows it before anything is written
+    envs = make_envs(args, num_envs=1)
     torch.manual_seed(args.seed)
     leader = Leader(envs.single_observation_space, args).to(device)
     follower = Follower(leader.num_features, envs.single_action_space).to(device)
@@ -528,12 +503,10 @@ def start_run(args: Args) -> Path:
     return run_dir
 
 
-def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
-    """From the first rollout, or that after the checkpoint, to the last. Exits if it was told to stop before."""
+def train(args: Args, device: torch.device) -> Path:
+    """From the first rollout, or that after the checkpoint, to the last. Returns the run's folder. Exits if stopped."""
     leader, follower = make_agent(args, device)  # before the folder: a task that cannot be played leaves none behind
-    rates = {leader: args.learning_rate, follower: args.learning_rate}
-    groups = [{"params": player.parameters(), "lr": rate, "initial_lr": rate} for player, rate in rates.items()]
-    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([{"params": x.parameters()} for x in (leader, follower)], eps=1e-5, fused=True)
     parts = {"leader": leader, "follower": follower, "optimizer": optimizer}
     progress = {"step": 0, "seconds": 0.0, "started": time.time()}
     if args.resume is not None:  # before args.json is written anew
@@ -562,8 +535,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("arguments", "\n".join(f"    {name} = {value}" for name, value in asdict(args).items()))
 
-    scores = [float(row.split(",")[2]) for row in rows]
-    envs, shown, stops = None, -inf, []
+    envs, shown, stops, scores = None, -60.0, [], []  # the first line is due at once
 
     def stop(number, frame):  # the first Ctrl-C or SIGTERM ends training after this iteration, the second at once
         stops.append(number)
@@ -574,8 +546,9 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     for iteration in range(step // rollout_size, last):
         if envs is None:  # at step 0 and after each checkpoint
             envs, obs = begin_games(args, 0, step)
+        rate = args.learning_rate * (1 - iteration / last if args.anneal_lr else 1)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 - iteration / last if args.anneal_lr else 1)
+            group["lr"] = rate
         batch, obs, games = collect_rollout(envs, obs, leader, follower, args)
         try:
             metrics = update(leader, follower, optimizer, batch, args)
@@ -593,8 +566,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         step += rollout_size
         final, speed = bool(stops) or iteration + 1 == last, step / seconds
         unexplained = ((batch.returns - batch.values).var() / batch.returns.var()).item()
-        metrics |= {"losses/explained_variance": 1 - unexplained, "charts/SPS": speed}
-        metrics["charts/learning_rate"] = optimizer.param_groups[-1]["lr"]
+        metrics |= {"losses/explained_variance": 1 - unexplained, "charts/SPS": speed, "charts/learning_rate": rate}
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step, started + seconds)
         if final or sys.stderr.isatty() or seconds - shown >= 60:  # a log file gets a line a minute
@@ -618,7 +590,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     say("\n" * sys.stderr.isatty())
     writer.close()
     write(run_dir / "model.pt", {"leader": leader.state_dict(), "follower": follower.state_dict()})
-    return leader, follower, run_dir
+    return run_dir
 
 
 def main(args: Args) -> dict:
@@ -626,18 +598,15 @@ def main(args: Args) -> dict:
     if saved_run := args.evaluate or args.resume:
         for name, old in asdict(read_args(saved_run)).items():
             if name not in MAY_CHANGE and (new := getattr(args, name)) != old:
-                flag = f"--{name.replace('_', '-')}"
-                fail(f"{saved_run} was trained with {flag} {old}, not {new}; leave out {flag}")
+                fail(f"{saved_run} was trained with --{name.replace('_', '-')} {old}, not {new}; leave it out")
     try:
-        gpu = torch.cuda.is_available()
-        device = torch.device(args.device.replace("auto", "cuda" if gpu else "cpu"))
+        device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
         if args.track:
             import wandb  # noqa: F401
     except (RuntimeError, AssertionError, ImportError) as error:
         fail(f"--device {args.device} cannot be used, or --track without `pip install wandb`: {error}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if device.type == "cpu" and "AuthenticAMD" in cpu and "amx" not in cpu:
         torch.set_float32_matmul_precision("medium")  # oneDNN's products: there as exact as MKL's, and faster
@@ -645,11 +614,8 @@ def main(args: Args) -> dict:
         for parameter, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):
             ctypes.CDLL("libc.so.6").mallopt(parameter, size)
     try:
-        if args.evaluate is None:
-            leader, follower, run_dir = train(args, device)
-        else:
-            (_, leader, follower), run_dir = load_agent(args.evaluate, device), Path(args.evaluate)
-        evaluation = evaluate(leader, follower, args) if args.eval_episodes else {}
+        run_dir = train(args, device) if args.evaluate is None else Path(args.evaluate)
+        evaluation = evaluate(*load_agent(run_dir, device)[1:], args) if args.eval_episodes else {}
         if evaluation:
             write(run_dir / "evaluation.json", evaluation)
             score = f"{evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
@@ -663,13 +629,12 @@ def main(args: Args) -> dict:
 def parse_args() -> Args:
     """The command line; with --resume or --evaluate, the arguments of that run are the defaults."""
     groups = {"run": RunArgs, "environment": EnvironmentArgs, "ppo": PpoArgs}
-    flags = tyro.conf.OmitArgPrefixes[make_dataclass("Flags", groups.items())]  # tyro shows a group for each
 
     def parse(defaults: Args) -> dict:
         values = asdict(defaults)
         parts = {name: group(**{f.name: values[f.name] for f in fields(group)}) for name, group in groups.items()}
-        parsed = tyro.cli(flags, default=flags(**parts), description=(__doc__ or "").split("\n\nPaper")[0])
-        return {name: value for group in asdict(parsed).values() for name, value in group.items()}
+        given = tyro.cli(tyro.conf.OmitArgPrefixes[dict], default=parts, description=f"{__doc__}".split("\n\nPaper")[0])
+        return {name: value for part in given.values() for name, value in vars(part).items()}
 
     given = parse(Args())
     try:

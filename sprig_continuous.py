@@ -13,20 +13,18 @@ InvertedPendulum-v5 1000; by the interquartile mean 0.97 [0.89, 1.19] of what PP
 import contextlib
 import ctypes
 import hashlib
-import importlib
 import io
 import json
 import logging
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
-from math import inf
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
@@ -161,64 +159,41 @@ def say(text: str, stream=None) -> None:
 
 
 # ==== Environment =================================================================================
-EXTRAS = {  # by the module that makes a task: what has to be installed for it
-    "gymnasium.envs.mujoco": "mujoco imageio",
-    "gymnasium.envs.box2d": "box2d pygame",
-    "shimmy": "shimmy dm_control mujoco imageio h5py",
-}
-
-
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment, dictionaries flattened (see Task). Ends the run if it cannot be made or does not fit."""
-    module, _, name = args.env_id.rpartition(":")  # module:Name-v0, as in gymnasium.make
-    family = "shimmy" if name.startswith("dm_control/") else ""
+    module = "shimmy:" if args.env_id.startswith("dm_control/") else ""  # the package that registers DM Control's tasks
+    options = {"render_mode": render_mode} if render_mode else {}  # which some constructors lack
+    options |= {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
+    logging.getLogger("absl").setLevel(logging.ERROR)  # DM Control's, as is the search for a display
+    warnings.filterwarnings("ignore", module="glfw")
     try:
-        if module:
-            importlib.import_module(module)
-        if family:
-            logging.getLogger("absl").setLevel(logging.ERROR)
-            with contextlib.ExitStack() as stack:
-                if "MUJOCO_GL" not in os.environ:  # dm_control looks for a display on import; MuJoCo later may render
-                    os.environ["MUJOCO_GL"] = "disable"
-                    stack.callback(os.environ.pop, "MUJOCO_GL")
-                import shimmy
-            gym.register_envs(shimmy)
-        family = family or str(gym.spec(name).entry_point)
-        if family == "shimmy" or "mujoco" in family:
-            import mujoco
-
-            mujoco.set_mju_user_warning(lambda message: "deprecated" in message or say(f"warning: MuJoCo: {message}\n"))
-        options = {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
-        try:
-            env = gym.make(name, **options, **({"render_mode": render_mode} if render_mode else {}))
-        except TypeError:  # some constructors have no such argument
-            env = gym.make(name, **options)
-    except (ImportError, gym.error.DependencyNotInstalled) as error:
-        packages = next((EXTRAS[key] for key in EXTRAS if family.startswith(key)), "the package that is missing")
-        fail(f"--env-id {args.env_id} cannot be imported: pip install {packages} ({error})")
-    except Exception as error:  # Gymnasium's suggest a near name, the others come of a constructor
-        hint = "; for pixels there is sprig_atari.py" if re.search("ALE/|NoFrameskip|MinAtar", name) else ""
-        fail(f"--env-id {args.env_id} cannot be made: {type(error).__name__}: {error}{hint}")
+        env = gym.make(module + args.env_id, **options)
+    except Exception as error:  # Gymnasium's own suggest a near name or what to install
+        hint = "packages: requirements.txt; pixels: sprig_atari.py"
+        fail(f"--env-id {args.env_id} cannot be made ({hint}): {type(error).__name__}: {error}")
+    if mujoco := sys.modules.get("mujoco"):  # its warnings go to stderr, not into a file MUJOCO_LOG.TXT
+        mujoco.set_mju_user_warning(lambda message: "deprecated" in message or say(f"warning: MuJoCo: {message}\n"))
     shown, actions = env.observation_space, env.action_space
-    entries = gym.spaces.flatdim(shown) if shown.is_np_flattenable else None
-    parts = list(shown.values()) if isinstance(shown, gym.spaces.Dict) else [shown]
-    image = any(len(part.shape or ()) > 2 or part.dtype == np.uint8 and len(part.shape) > 1 for part in parts)
-    matrix = len(parts) == 1 and len(shown.shape or ()) != 1 and not isinstance(shown, gym.spaces.Dict)
-    if not entries or image or matrix or not all(isinstance(part, gym.spaces.Box) for part in parts):
+    parts = shown.values() if isinstance(shown, gym.spaces.Dict) else [shown]
+    # No images: three axes, or two of bytes.
+    fits = all(isinstance(part, gym.spaces.Box) and len(part.shape) + (part.dtype == np.uint8) < 3 for part in parts)
+    if fits and isinstance(shown, gym.spaces.Dict):
+        env = gym.wrappers.FlattenObservation(env)
+    if not fits or len(env.observation_space.shape) != 1 or not env.observation_space.shape[0]:
         fail(f"--env-id {args.env_id} shows {shown}, not a vector: wrap it; for pixels there is sprig_atari.py")
     vector = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"
     if not (vector and actions.shape[0] or isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
         fail(f"--env-id {args.env_id} takes actions from {actions}; only real vectors and discrete ones from 0 will do")
-    return Task(gym.wrappers.FlattenObservation(env) if isinstance(shown, gym.spaces.Dict) else env, args)
+    return Task(env)
 
 
 class Task(gym.Wrapper):
-    """Observations float32 (n,), Box actions clipped to their bounds, no info (slow to collect). A task that fails, or
-    shows or pays what it has not declared, ends the run with one line. With `one_game`, a game that is over idles."""
+    """Observations float32 (n,), Box actions clipped to their bounds, no info (slow to collect). With `one_game`, a
+    game that is over idles. Ends the run on an observation that is not finite, or of another shape than declared."""
 
-    def __init__(self, env: gym.Env, args: Args):
+    def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.name, self.one_game, self.over, self.bounds = args.env_id, False, False, None
+        self.one_game, self.over, self.bounds = False, False, None
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         if isinstance(env.action_space, gym.spaces.Box):  # unbounded: the policy is a Gaussian
             self.action_space = gym.spaces.Box(-np.inf, np.inf, env.action_space.shape, np.float32)
@@ -227,34 +202,21 @@ class Task(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         if self.over and self.one_game:
             return np.zeros(self.observation_space.shape, np.float32), {}
-        try:
-            obs, _ = self.env.reset(seed=seed, options=options)
-        except Exception as error:  # whatever a task may raise
-            fail(f"--env-id {self.name}: its reset failed: {type(error).__name__}: {error}")
-        return self.checked(obs), {}
+        return self.checked(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action):
         if self.over and self.one_game:
             return np.zeros(self.observation_space.shape, np.float32), 0.0, False, False, {}
-        try:
-            action = action if self.bounds is None else action.clip(*self.bounds)
-            obs, reward, terminated, truncated, _ = self.env.step(action)
-            reward = np.asarray(reward, np.float64).item()
-        except Exception as error:
-            fail(f"--env-id {self.name}: its step should return (observation, number, bool, bool, dict): {error}")
-        if not math.isfinite(reward):
-            fail(f"--env-id {self.name}: the reward {reward} is not finite")
+        action = action if self.bounds is None else action.clip(*self.bounds)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
         self.over = bool(terminated or truncated)
-        return self.checked(obs), reward, bool(terminated), bool(truncated), {}
+        return self.checked(obs), np.asarray(reward, float).item(), bool(terminated), bool(truncated), {}
 
     def checked(self, obs) -> np.ndarray:
-        declared = self.observation_space.shape
         with np.errstate(over="ignore"):  # a finite float64 may overflow
             entries = np.asarray(obs, np.float32)
-        if entries.shape != declared:
-            fail(f"--env-id {self.name} declares observations of shape {declared}, but shows one of {entries.shape}")
-        if not np.isfinite(entries).all():
-            fail(f"--env-id {self.name}: the observation {obs} is not finite")
+        if entries.shape != self.observation_space.shape or not np.isfinite(entries).all():
+            fail(f"--env-id {self.spec.id} shows {obs}, not {self.observation_space.shape[0]} finite numbers")
         return entries
 
 
@@ -417,17 +379,15 @@ class AttentionBlock(nn.Module):
         query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/4), (B, n, C/4), (B, n, C)
         query, key = query * query.shape[-1] ** -0.5, key.transpose(1, 2)
         if n <= 100 or x.is_cuda:
-            weights = torch.bmm(query, key).softmax(-1)  # (B, n, n); bmm, as the gradient of @ takes longer
-            attended = torch.bmm(weights, value)  # (B, n, C)
+            attended = torch.bmm(torch.bmm(query, key).softmax(-1), value)  # bmm, as the gradient of @ takes longer
         else:  # 8 samples at a time, whose weights stay in a CPU's cache
-            weights, pieces = None, zip(query.split(8), key.split(8), value.split(8))
-            attended = torch.cat([torch.bmm(torch.bmm(q, k).softmax(-1), v) for q, k, v in pieces])
+            pieces = zip(query.split(8), key.split(8), value.split(8))
+            attended = torch.cat([torch.bmm(torch.bmm(q, k).softmax(-1), v) for q, k, v in pieces])  # (B, n, C)
         output = attended if self.gate is None else torch.addcmul(x, self.gate, attended)
-        if num_rows and num_rows < n:  # computed again: the gradient of a part of all n rows takes longer
-            weights = torch.bmm(query[:, torch.randperm(n, device=x.device)[:num_rows]], key).softmax(-1)
-        elif weights is None and num_rows is not None:
-            weights = torch.bmm(query, key).softmax(-1)
-        return output, weights
+        if num_rows is None:
+            return output, None
+        rows = torch.randperm(n, device=x.device)[:num_rows] if 0 < num_rows < n else slice(None)
+        return output, torch.bmm(query[:, rows], key).softmax(-1)  # (B, rows, n), again: a part's gradient takes longer
 
 
 class Leader(nn.Module):
@@ -542,9 +502,8 @@ def normalise(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, args: Args):
-    """Lines 2-3: play T steps of N environments from `obs` (N, ...) with the current policy. Returns (batch of T·N
-    transitions, observations to go on from, games): of each whole game that ended the steps into the rollout, its raw
-    return and its length."""
+    """Lines 2-3: play T steps of N environments from `obs` (N, ...). Returns (batch of T·N transitions, next `obs`,
+    games): of each whole game that ended the steps into the rollout, its raw return and its length."""
     device = next(follower.parameters()).device
     steps, paid, cuts, games = [], [], [], []
     with torch.inference_mode():
@@ -555,13 +514,11 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
             steps.append((seen, actions, logits, values))
             obs, rewards, terminations, truncations, info = envs.step(actions.cpu().numpy())
             paid.append((rewards, terminations, terminations | truncations))
-            if truncations.any():  # the next value is then that of the final observation, not of the next game's first
-                for row in np.flatnonzero(truncations & ~terminations):
-                    final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)
-                    cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
-            if "_episode" in info:
-                for row in np.flatnonzero(info["_episode"]):
-                    games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
+            for row in np.flatnonzero(truncations & ~terminations):  # its next observation is not the next game's first
+                final_obs = torch.from_numpy(info["final_obs"][row][None]).to(device)
+                cuts.append((t, row, follower(leader(final_obs))[1].squeeze(0)))
+            for row in np.flatnonzero(info.get("_episode", ())):
+                games.append((t + 1, float(info["episode"]["r"][row]), int(info["episode"]["l"][row])))
         last_value = follower(leader(torch.from_numpy(obs).to(device)))[1]
     # Stacked outside the inference mode, as its own tensors cannot be learnt from.
     seen, actions, logits, values = (torch.stack(column) for column in zip(*steps))  # (T, N, ...)
@@ -575,15 +532,11 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
         rewards = rewards.clamp(-10, 10)
     if args.perception_cost_in_reward:  # R - λ_c C_θ(s), as in Eq. (13)
         rewards -= args.perception_cost_weight * torch.stack([perceive(leader, x, args)[1] for x in seen])
-    ends = (terminations, dones)
-    advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+    advantages, returns = compute_gae(rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda)
     if args.norm_adv == "rollout":
         advantages = normalise(advantages)
-    seen, actions, logits, values, advantages, returns = (
-        x.flatten(0, 1) for x in (seen, actions, logits, values, advantages, returns)
-    )
-    logprobs = action_distribution(logits).log_prob(actions)
-    return Batch(seen, actions, logprobs, values, advantages, returns), obs, games
+    logprobs = action_distribution(logits.flatten(0, 1)).log_prob(actions.flatten(0, 1)).view_as(values)
+    return Batch(*(x.flatten(0, 1) for x in (seen, actions, logprobs, values, advantages, returns))), obs, games
 
 
 # ==== Losses ======================================================================================
@@ -649,13 +602,9 @@ def follower_loss(logits, values, batch: Batch, args: Args):
     # DEVIATION: row 6, line 17's C_θ left out: it does not depend on φ
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # line 17
     change = log_ratio.expm1()  # (B,) of the probability ratio from 1
-    info = {
-        "losses/policy_loss": policy_loss,
-        "losses/value_loss": value_loss,
-        "losses/entropy": entropy,
-        "losses/approx_kl": (change - log_ratio).mean(),  # http://joschu.net/blog/kl-approx.html
-        "losses/clipfrac": (change.abs() > args.clip_coef).float().mean(),
-    }
+    info = {"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy}
+    info["losses/approx_kl"] = (change - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+    info["losses/clipfrac"] = (change.abs() > args.clip_coef).float().mean()
     return loss, {tag: x.detach() for tag, x in info.items()}
 
 
@@ -714,7 +663,7 @@ def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *, ste
         correction = [-dx for dx in grad(slope.dot(x), theta)]  # -M x
     else:
         raise ValueError(f"unknown leader gradient {method!r}: first-order, unrolled or implicit")
-    longest = inf if clamp is None else clamp * get_total_norm(first_order)
+    longest = math.inf if clamp is None else clamp * get_total_norm(first_order)
     scale = (longest / get_total_norm(correction).clamp_min(1e-30)).clamp(max=1)
     return [a + scale * b for a, b in zip(first_order, correction)]
 
@@ -807,10 +756,9 @@ def update(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Ar
         if args.target_kl and torch.stack([info["losses/approx_kl"] for info in epoch]).mean() > args.target_kl:
             break
     metrics = {tag: torch.stack([info[tag] for info in history]).mean() for tag in history[0]}
-    parameters = nn.ModuleDict({"leader": leader, "follower": follower}).named_parameters()
-    with torch.no_grad():  # finite parameters can still be too large to act
+    with torch.no_grad():  # the agent after the last step, which the metrics have not seen
         acts = zip(("the policy", "the value"), follower(leader(minibatch.obs)))
-    for name, value in (*metrics.items(), *parameters, *acts):
+    for name, value in (*metrics.items(), *acts):
         if not value.isfinite().all():
             raise FloatingPointError(f"{name} is not finite")
     return {tag: mean.item() for tag, mean in metrics.items()}
@@ -822,21 +770,20 @@ def evaluate(leader: Leader, follower: Follower, args: Args) -> dict:
     """Play `args.eval_episodes` whole games on seeds that training never used, one environment per game, each game
     counted: the first games to end among many would be the short ones. Returns, ready for JSON, raw "returns" and
     "lengths" (agent steps), "mean" and "std" of the returns, and the "protocol"."""
-    num_games, device = args.eval_episodes, next(follower.parameters()).device
-    envs, obs = begin_games(args, 1, num_envs=num_games)
+    device = next(follower.parameters()).device
+    envs, obs = begin_games(args, 1, num_envs=args.eval_episodes)
     envs.unwrapped.set_attr("one_game", True)
-    returns, lengths, playing = np.zeros(num_games), np.zeros(num_games, int), np.ones(num_games, bool)
-    while playing.any():
+    games = {}  # return and length of each environment's first game
+    while len(games) < args.eval_episodes:
         policy = action_distribution(follower(leader(torch.from_numpy(obs).to(device)))[0])
         actions = (policy.mode if args.eval_greedy else policy.sample()).cpu().numpy()
-        actions[~playing] = 0  # a game that is over idles
+        actions[list(games)] = 0  # a game that is over idles
         obs, _, _, _, info = envs.step(actions)
-        if "_episode" in info:
-            ended = playing & info["_episode"]
-            returns[ended], lengths[ended] = info["episode"]["r"][ended], info["episode"]["l"][ended]
-            playing &= ~ended
+        for row in np.flatnonzero(info.get("_episode", ())):
+            games.setdefault(row, (info["episode"]["r"][row].item(), info["episode"]["l"][row].item()))
     envs.close()
-    scores = {"returns": returns.tolist(), "lengths": lengths.tolist(), "mean": returns.mean(), "std": returns.std()}
+    returns, lengths = map(list, zip(*(games[row] for row in sorted(games))))
+    scores = {"returns": returns, "lengths": lengths, "mean": np.mean(returns), "std": np.std(returns)}
     return scores | {"greedy": args.eval_greedy, "protocol": env_protocol(args)}
 
 
@@ -856,8 +803,12 @@ MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_gre
 
 
 def make_agent(args: Args, device: str) -> tuple[Leader, Follower]:
-    envs, _ = begin_games(args, 0, num_envs=1)
-    envs.step(envs.action_space.sample())  # a task that breaks its own declaration shows it before anything is written
+    try:  # a task that fails or breaks its own declaration shows it here, before anything is written
+        envs, _ = begin_games(args, 0, num_envs=1)
+        _, reward, *_ = envs.step(envs.action_space.sample())
+        np.asarray_chkfinite(reward)  # observations: see Task
+    except Exception as error:
+        fail(f"--env-id {args.env_id} cannot be played: {type(error).__name__}: {error}")
     torch.manual_seed(args.seed)
     leader = Leader(envs.single_observation_space, args).to(device)
     follower = Follower(leader.num_features, envs.single_action_space).to(device)
@@ -912,12 +863,10 @@ def start_run(args: Args) -> Path:
     return run_dir
 
 
-def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
-    """From the first rollout, or that after the checkpoint, to the last. Exits if it was told to stop before."""
+def train(args: Args, device: torch.device) -> Path:
+    """From the first rollout, or that after the checkpoint, to the last. Returns the run's folder. Exits if stopped."""
     leader, follower = make_agent(args, device)  # before the folder: a task that cannot be played leaves none behind
-    rates = {leader: args.leader_rate_factor * args.learning_rate, follower: args.learning_rate}
-    groups = [{"params": player.parameters(), "lr": rate, "initial_lr": rate} for player, rate in rates.items()]
-    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([{"params": x.parameters()} for x in (leader, follower)], eps=1e-5, fused=True)
     parts = {"leader": leader, "follower": follower, "optimizer": optimizer}
     progress = {"step": 0, "seconds": 0.0, "started": time.time()}
     if args.resume is not None:  # before args.json is written anew
@@ -946,8 +895,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("arguments", "\n".join(f"    {name} = {value}" for name, value in asdict(args).items()))
 
-    scores = [float(row.split(",")[2]) for row in rows]
-    envs, shown, stops = None, -inf, []
+    envs, shown, stops, scores = None, -60.0, [], []  # the first line is due at once
 
     def stop(number, frame):  # the first Ctrl-C or SIGTERM ends training after this iteration, the second at once
         stops.append(number)
@@ -959,8 +907,9 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         if envs is None:  # at step 0 and after each checkpoint
             envs, obs = begin_games(args, 0, step)
             leader.normaliser.running = 0.0
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 - iteration / last if args.anneal_lr else 1)
+        rate = args.learning_rate * (1 - iteration / last if args.anneal_lr else 1)
+        for group, factor in zip(optimizer.param_groups, (args.leader_rate_factor, 1)):
+            group["lr"] = factor * rate
         batch, obs, games = collect_rollout(envs, obs, leader, follower, args)
         try:
             metrics = update(leader, follower, optimizer, batch, args)
@@ -979,9 +928,9 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
         step += rollout_size
         final, speed = bool(stops) or iteration + 1 == last, step / seconds
         attention, picture = leader.look(batch.obs[-256:])
+        metrics |= attention
         unexplained = ((batch.returns - batch.values).var() / batch.returns.var()).item()
-        metrics |= attention | {"losses/explained_variance": 1 - unexplained, "charts/SPS": speed}
-        metrics["charts/learning_rate"] = optimizer.param_groups[-1]["lr"]
+        metrics |= {"losses/explained_variance": 1 - unexplained, "charts/SPS": speed, "charts/learning_rate": rate}
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step, started + seconds)
         if picture.numel() and (final or iteration == 0 or step % 100_000 < rollout_size):
@@ -1007,7 +956,7 @@ def train(args: Args, device: torch.device) -> tuple[Leader, Follower, Path]:
     say("\n" * sys.stderr.isatty())
     writer.close()
     write(run_dir / "model.pt", {"leader": leader.state_dict(), "follower": follower.state_dict()})
-    return leader, follower, run_dir
+    return run_dir
 
 
 def main(args: Args) -> dict:
@@ -1015,27 +964,21 @@ def main(args: Args) -> dict:
     if saved_run := args.evaluate or args.resume:
         for name, old in asdict(read_args(saved_run)).items():
             if name not in MAY_CHANGE and (new := getattr(args, name)) != old:
-                flag = f"--{name.replace('_', '-')}"
-                fail(f"{saved_run} was trained with {flag} {old}, not {new}; leave out {flag}")
+                fail(f"{saved_run} was trained with --{name.replace('_', '-')} {old}, not {new}; leave it out")
     try:
-        gpu = torch.cuda.is_available()
-        device = torch.device(args.device.replace("auto", "cuda" if gpu else "cpu"))
+        device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
         if args.track:
             import wandb  # noqa: F401
     except (RuntimeError, AssertionError, ImportError) as error:
         fail(f"--device {args.device} cannot be used, or --track without `pip install wandb`: {error}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     with contextlib.suppress(OSError, AttributeError):  # glibc: reuse the memory of freed tensors, a tenth of the time
         for parameter, size in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30)):
             ctypes.CDLL("libc.so.6").mallopt(parameter, size)
     try:
-        if args.evaluate is None:
-            leader, follower, run_dir = train(args, device)
-        else:
-            (_, leader, follower), run_dir = load_agent(args.evaluate, device), Path(args.evaluate)
-        evaluation = evaluate(leader, follower, args) if args.eval_episodes else {}
+        run_dir = train(args, device) if args.evaluate is None else Path(args.evaluate)
+        evaluation = evaluate(*load_agent(run_dir, device)[1:], args) if args.eval_episodes else {}
         if evaluation:
             write(run_dir / "evaluation.json", evaluation)
             score = f"{evaluation['mean']:.1f} ± {evaluation['std']:.1f}"
@@ -1049,13 +992,12 @@ def main(args: Args) -> dict:
 def parse_args() -> Args:
     """The command line; with --resume or --evaluate, the arguments of that run are the defaults."""
     groups = {"run": RunArgs, "environment": EnvironmentArgs, "ppo": PpoArgs, "sprig": SprigArgs}
-    flags = tyro.conf.OmitArgPrefixes[make_dataclass("Flags", groups.items())]  # tyro shows a group for each
 
     def parse(defaults: Args) -> dict:
         values = asdict(defaults)
         parts = {name: group(**{f.name: values[f.name] for f in fields(group)}) for name, group in groups.items()}
-        parsed = tyro.cli(flags, default=flags(**parts), description=(__doc__ or "").split("\n\nPaper")[0])
-        return {name: value for group in asdict(parsed).values() for name, value in group.items()}
+        given = tyro.cli(tyro.conf.OmitArgPrefixes[dict], default=parts, description=f"{__doc__}".split("\n\nPaper")[0])
+        return {name: value for part in given.values() for name, value in vars(part).items()}
 
     given = parse(Args())
     try:

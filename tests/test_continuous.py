@@ -143,7 +143,7 @@ def test_the_wrapped_tasks_actions_count(script, kind):
 
 REFUSED = {
     "unknown": ("HalfCheeta-v5", "Did you mean: `HalfCheetah`"),
-    "pixels": ("ALE/Pong-v5", "for pixels there is"),
+    "pixels": ("ALE/Pong-v5", "for pixels there is sprig_atari.py"),
     "one number": ("FrozenLake-v1", "not a vector"),
     "image": (registered(Odd, space=IMAGE["camera"]), "not a vector"),
     "image in a dictionary": (registered(Odd, space=IMAGE), "not a vector"),
@@ -151,14 +151,14 @@ REFUSED = {
     "whole numbers": (registered(Odd, actions=gym.spaces.Box(0, 4, (2,), np.int64)), "only real vectors"),
     "no module": ("no_such_module:Mine-v0", "no_such_module"),
     "unknown task": ("dm_control/cheetah-fly-v0", "dm_control/cheetah"),
-    "constructor": (registered(Odd, wrong=1), "cannot be made: TypeError"),
-    "shape": (registered(Odd, shown=np.zeros(3)), "declares observations of shape (2,), but shows one of (3,)"),
-    "NaN": (registered(Odd, shown=np.array([np.nan, 0])), "the observation [nan 0.] is not finite"),
-    "too large": (registered(Odd, shown=np.array([1e300, 0])), "is not finite"),
-    "reset": (registered(Odd, fails=True), "its reset failed: RuntimeError: no game is left"),
-    "four": (registered(Odd, four=True), "its step should return (observation, number, bool, bool, dict)"),
-    "reward": (registered(Odd, reward=np.nan), "the reward nan is not finite"),
-    "rewards": (registered(Odd, reward=np.ones(2)), "its step should return (observation, number"),
+    "constructor": (registered(Odd, wrong=1), "TypeError: Odd.__init__() got an unexpected keyword"),
+    "shape": (registered(Odd, shown=np.zeros(3)), "shows [0. 0. 0.], not 2 finite numbers"),
+    "NaN": (registered(Odd, shown=np.array([np.nan, 0])), "shows [nan 0.], not 2 finite numbers"),
+    "too large": (registered(Odd, shown=np.array([1e300, 0])), "shows [1.e+300 0.e+000], not 2 finite"),
+    "reset": (registered(Odd, fails=True), "cannot be played: RuntimeError: no game is left"),
+    "four": (registered(Odd, four=True), "not enough values to unpack (expected 5, got 4)"),
+    "reward": (registered(Odd, reward=np.nan), "cannot be played: ValueError: array must not contain infs or NaNs"),
+    "rewards": (registered(Odd, reward=np.ones(2)), "cannot be played: ValueError: can only convert an array"),
 }
 
 
@@ -178,9 +178,9 @@ MISSING = {"HalfCheetah-v5": "mujoco", "LunarLander-v3": "Box2D", "dm_control/ch
 @pytest.mark.parametrize(("env_id", "module"), MISSING.items())
 def test_a_missing_package_is_named_with_its_remedy(script, env_id, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    for name in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
+    for name in [name for name in sys.modules if name.startswith(("gymnasium.envs.box2d.", "gymnasium.envs.mujoco."))]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SystemExit, match=f"error: --env-id {env_id} .*pip install {module.lower()}"):
+    with pytest.raises(SystemExit, match=rf"error: --env-id {env_id} .*requirements.txt.*(?i:{module})"):
         script.make_env(script.Args(env_id=env_id))
 
 
