@@ -162,12 +162,14 @@ def say(text: str, stream=None) -> None:
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment, dictionaries flattened (see Task). Ends the run if it cannot be made or does not fit."""
     module = "shimmy:" if args.env_id.startswith("dm_control/") else ""  # the package that registers DM Control's tasks
-    options = {"render_mode": render_mode} if render_mode else {}  # which some constructors lack
-    options |= {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
+    options = {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
     logging.getLogger("absl").setLevel(logging.ERROR)  # DM Control's, as is the search for a display
     warnings.filterwarnings("ignore", module="glfw")
     try:
-        env = gym.make(module + args.env_id, **options)
+        try:
+            env = gym.make(module + args.env_id, render_mode=render_mode, **options)
+        except TypeError:  # some constructors have no such argument
+            env = gym.make(module + args.env_id, **options)
     except Exception as error:  # Gymnasium's own suggest a near name or what to install
         hint = "packages: requirements.txt; pixels: sprig_atari.py"
         fail(f"--env-id {args.env_id} cannot be made ({hint}): {type(error).__name__}: {error}")
