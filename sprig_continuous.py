@@ -381,15 +381,17 @@ class AttentionBlock(nn.Module):
         query, key, value = self.project(x).split(self.widths, dim=-1)  # (B, n, C/4), (B, n, C/4), (B, n, C)
         query, key = query * query.shape[-1] ** -0.5, key.transpose(1, 2)
         if n <= 100 or x.is_cuda:
-            attended = torch.bmm(torch.bmm(query, key).softmax(-1), value)  # bmm, as the gradient of @ takes longer
+            weights = torch.bmm(query, key).softmax(-1)  # (B, n, n); bmm, as the gradient of @ takes longer
+            attended = torch.bmm(weights, value)  # (B, n, C)
         else:  # 8 samples at a time, whose weights stay in a CPU's cache
-            pieces = zip(query.split(8), key.split(8), value.split(8))
-            attended = torch.cat([torch.bmm(torch.bmm(q, k).softmax(-1), v) for q, k, v in pieces])  # (B, n, C)
+            weights, pieces = None, zip(query.split(8), key.split(8), value.split(8))
+            attended = torch.cat([torch.bmm(torch.bmm(q, k).softmax(-1), v) for q, k, v in pieces])
         output = attended if self.gate is None else torch.addcmul(x, self.gate, attended)
-        if num_rows is None:
-            return output, None
-        rows = torch.randperm(n, device=x.device)[:num_rows] if 0 < num_rows < n else slice(None)
-        return output, torch.bmm(query[:, rows], key).softmax(-1)  # (B, rows, n), again: a part's gradient takes longer
+        if num_rows and num_rows < n:  # computed again: the gradient of a part of all n rows takes longer
+            weights = torch.bmm(query[:, torch.randperm(n, device=x.device)[:num_rows]], key).softmax(-1)
+        elif weights is None and num_rows is not None:
+            weights = torch.bmm(query, key).softmax(-1)
+        return output, weights
 
 
 class Leader(nn.Module):
