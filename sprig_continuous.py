@@ -912,8 +912,9 @@ def train(args: Args, device: torch.device) -> Path:
             envs, obs = begin_games(args, 0, step)
             leader.normaliser.running = 0.0
         rate = args.learning_rate * (1 - iteration / last if args.anneal_lr else 1)
-        for group, factor in zip(optimizer.param_groups, (args.leader_rate_factor, 1)):
-            group["lr"] = factor * rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] *= args.leader_rate_factor
         batch, obs, games = collect_rollout(envs, obs, leader, follower, args)
         try:
             metrics = update(leader, follower, optimizer, batch, args)
