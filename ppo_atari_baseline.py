@@ -402,9 +402,10 @@ def update(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Ar
         if args.target_kl and torch.stack([info["losses/approx_kl"] for info in epoch]).mean() > args.target_kl:
             break
     metrics = {tag: torch.stack([info[tag] for info in history]).mean() for tag in history[0]}
-    with torch.no_grad():  # the agent after the last step, which the metrics have not seen
+    parameters = nn.ModuleDict({"leader": leader, "follower": follower}).named_parameters()
+    with torch.no_grad():  # finite parameters can still be too large to act
         acts = zip(("the policy", "the value"), follower(leader(minibatch.obs)))
-    for name, value in (*metrics.items(), *acts):
+    for name, value in (*metrics.items(), *parameters, *acts):
         if not value.isfinite().all():
             raise FloatingPointError(f"{name} is not finite")
     return {tag: mean.item() for tag, mean in metrics.items()}
@@ -633,8 +634,9 @@ def parse_args() -> Args:
     def parse(defaults: Args) -> dict:
         values = asdict(defaults)
         parts = {name: group(**{f.name: values[f.name] for f in fields(group)}) for name, group in groups.items()}
-        given = tyro.cli(tyro.conf.OmitArgPrefixes[dict], default=parts, description=f"{__doc__}".split("\n\nPaper")[0])
-        return {name: value for part in given.values() for name, value in vars(part).items()}
+        about = (__doc__ or "").split("\n\nPaper")[0]
+        parsed = tyro.cli(tyro.conf.OmitArgPrefixes[dict], default=parts, description=about)
+        return {name: value for part in parsed.values() for name, value in vars(part).items()}
 
     given = parse(Args())
     try:

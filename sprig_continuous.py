@@ -211,8 +211,11 @@ class Task(gym.Wrapper):
             return np.zeros(self.observation_space.shape, np.float32), 0.0, False, False, {}
         action = action if self.bounds is None else action.clip(*self.bounds)
         obs, reward, terminated, truncated, _ = self.env.step(action)
+        reward = np.asarray(reward, float).item()
+        if not np.isfinite(reward):
+            fail(f"--env-id {self.spec.id}: the reward {reward} is not finite")
         self.over = bool(terminated or truncated)
-        return self.checked(obs), np.asarray(reward, float).item(), bool(terminated), bool(truncated), {}
+        return self.checked(obs), reward, bool(terminated), bool(truncated), {}
 
     def checked(self, obs) -> np.ndarray:
         with np.errstate(over="ignore"):  # a finite float64 may overflow
@@ -760,9 +763,10 @@ def update(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Ar
         if args.target_kl and torch.stack([info["losses/approx_kl"] for info in epoch]).mean() > args.target_kl:
             break
     metrics = {tag: torch.stack([info[tag] for info in history]).mean() for tag in history[0]}
-    with torch.no_grad():  # the agent after the last step, which the metrics have not seen
+    parameters = nn.ModuleDict({"leader": leader, "follower": follower}).named_parameters()
+    with torch.no_grad():  # finite parameters can still be too large to act
         acts = zip(("the policy", "the value"), follower(leader(minibatch.obs)))
-    for name, value in (*metrics.items(), *acts):
+    for name, value in (*metrics.items(), *parameters, *acts):
         if not value.isfinite().all():
             raise FloatingPointError(f"{name} is not finite")
     return {tag: mean.item() for tag, mean in metrics.items()}
@@ -809,8 +813,7 @@ MAY_CHANGE = {"total_timesteps", "device", "threads", "eval_episodes", "eval_gre
 def make_agent(args: Args, device: str) -> tuple[Leader, Follower]:
     try:  # a task that fails or breaks its own declaration shows it here, before anything is written
         envs, _ = begin_games(args, 0, num_envs=1)
-        _, reward, *_ = envs.step(envs.action_space.sample())
-        np.asarray_chkfinite(reward)  # observations: see Task
+        envs.step(envs.action_space.sample())
     except Exception as error:
         fail(f"--env-id {args.env_id} cannot be played: {type(error).__name__}: {error}")
     torch.manual_seed(args.seed)
@@ -1001,8 +1004,9 @@ def parse_args() -> Args:
     def parse(defaults: Args) -> dict:
         values = asdict(defaults)
         parts = {name: group(**{f.name: values[f.name] for f in fields(group)}) for name, group in groups.items()}
-        given = tyro.cli(tyro.conf.OmitArgPrefixes[dict], default=parts, description=f"{__doc__}".split("\n\nPaper")[0])
-        return {name: value for part in given.values() for name, value in vars(part).items()}
+        about = (__doc__ or "").split("\n\nPaper")[0]
+        parsed = tyro.cli(tyro.conf.OmitArgPrefixes[dict], default=parts, description=about)
+        return {name: value for part in parsed.values() for name, value in vars(part).items()}
 
     given = parse(Args())
     try:

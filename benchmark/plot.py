@@ -285,7 +285,7 @@ def refuse_other(run: Run, matrix: Matrix, label: str, wanted: dict) -> None:
     if label in matrix.scripts and run.script != matrix.scripts[label]:
         fail(f"{run.path} is of {run.script}; {matrix.name} has {matrix.scripts[label]}")
     rollout = run.arguments.get("num_envs", 1) * run.arguments.get("num_steps", 2048)
-    steps = wanted.get("total_timesteps", matrix.steps)
+    steps = wanted["total_timesteps"]
     if not 0 <= steps - run.steps < rollout:  # a run ends with its last whole rollout
         fail(f"{run.path} has {run.steps:,} agent steps; {matrix.name} has {steps:,}")
 
