@@ -102,7 +102,7 @@ class PpoArgs:
 class SprigArgs:
     cooperation_weight: Fraction = 0.7  # α of Eq. (8): the leader's weight on the return; 1 - α weighs its cost
     perception_cost_weight: Weight = 1e-4  # λ_c of Eq. (9)
-    perception_cost: Literal["entropy", "concentration", "l1"] = "entropy"  # spread rows, crowded columns, as printed
+    perception_cost: Literal["entropy", "concentration", "l1"] = "entropy"  # spread rows, crowded columns or as printed
     cost_rows: Amount = 24  # query rows drawn per layer to estimate entropy or l1 (0: all; concentration: always all)
     leader_objective: Literal["clipped", "log-prob"] = "clipped"  # PPO's surrogate, or mean(log π · Â) as in line 10
     leader_gradient: Literal["first-order", "unrolled", "implicit"] = "first-order"
@@ -705,8 +705,8 @@ def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch
       joint         L_φ (PPO)                        of both     at once
       stopped       L_φ, without the value's error   of both     at once
       separate      L_φ, without the value's error   of each     at once
-      simultaneous  -u_L                             of each     at once
-      stackelberg   -u_L                             of each     the leader first
+      simultaneous  -u_L, without entropy bonus      of each     at once
+      stackelberg   -u_L, without entropy bonus      of each     the leader first
     """
     theta, phi = ([p for p in player.parameters() if p.requires_grad] for player in (leader, follower))
     leads = args.update == "stackelberg"
@@ -734,7 +734,7 @@ def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch
         optimizer.step()  # line 12
         optimizer.zero_grad()
 
-        # 2. The follower sees what the leader shows now, θ held fixed (line 13). (If nobody leads, what it showed.)
+        # 2. The follower sees what the leader shows now, θ held fixed (line 13). Where nobody leads, the old features.
         with torch.no_grad():
             features = leader(batch.obs)
 

@@ -108,7 +108,7 @@ def attention_tiles(script, leader, obs: torch.Tensor, grey: np.ndarray | float)
     fade to grey as the features change less when the gate is closed."""
     features, attention = leader(obs, num_rows=0)
     for k, weights in enumerate(attention):  # (1, n, n)
-        gate, change, title = leader.blocks[k].gate, 1.0, ""
+        gate, change, title = getattr(leader.blocks[k], "gate", None), 1.0, ""
         if gate is not None:
             opened = gate.item()
             gate.zero_()
