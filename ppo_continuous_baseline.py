@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -401,10 +402,6 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     return advantages, advantages + values
 
 
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    return (x - x.mean()) / (x.std() + 1e-8)
-
-
 @torch.no_grad()
 def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, args: Args):
     """Play T steps of N environments from `obs` (N, ...). Returns (batch of T·N transitions, next `obs`,
@@ -437,7 +434,7 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
         rewards = rewards.clamp(-10, 10)
     advantages, returns = compute_gae(rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda)
     if args.norm_adv == "rollout":
-        advantages = normalise(advantages)
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logprobs = action_distribution(logits.flatten(0, 1)).log_prob(actions.flatten(0, 1)).view_as(values)
     return Batch(*(x.flatten(0, 1) for x in (seen, actions, logprobs, values, advantages, returns))), obs, games
 
@@ -480,24 +477,30 @@ def gradient_step(leader: Leader, follower: Follower, optimizer, batch: Batch, a
     return info
 
 
+def minibatches(batch: Batch, args: Args) -> Iterator[Batch]:
+    """All of `batch` once, in a random order."""
+    for rows in torch.randperm(len(batch.obs)).to(batch.obs.device).split(args.minibatch_size):
+        minibatch = Batch(*(x[rows] for x in batch))
+        if args.norm_adv == "minibatch":
+            x = minibatch.advantages
+            minibatch = minibatch._replace(advantages=(x - x.mean()) / (x.std() + 1e-8))
+        yield minibatch
+
+
 def update(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict[str, float]:
     """All epochs over one rollout. Returns means over the gradient steps, by TensorBoard's tags. Raises
     FloatingPointError if one of them, or a parameter, is not finite."""
-    history = []
+    history, obs = [], batch.obs[: args.minibatch_size]
     for _ in range(args.update_epochs):
-        epoch = []
-        for indices in torch.randperm(len(batch.obs)).to(batch.obs.device).split(args.minibatch_size):
-            minibatch = Batch(*(x[indices] for x in batch))
-            if args.norm_adv == "minibatch":
-                minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
-            epoch.append(gradient_step(leader, follower, optimizer, minibatch, args))
+        epoch = [gradient_step(leader, follower, optimizer, x, args) for x in minibatches(batch, args)]
         history += epoch
         if args.target_kl and torch.stack([info["losses/approx_kl"] for info in epoch]).mean() > args.target_kl:
             break
-    metrics = {tag: torch.stack([info[tag] for info in history]).mean() for tag in history[0]}
+    tags = dict.fromkeys(tag for info in history for tag in info)
+    metrics = {tag: torch.stack([info[tag] for info in history if tag in info]).mean() for tag in tags}
     parameters = nn.ModuleDict({"leader": leader, "follower": follower}).named_parameters()
     with torch.no_grad():  # finite parameters can still be too large to act
-        acts = zip(("the policy", "the value"), follower(leader(minibatch.obs)))
+        acts = zip(("the policy", "the value"), follower(leader(obs)))
     for name, value in (*metrics.items(), *parameters, *acts):
         if not value.isfinite().all():
             raise FloatingPointError(f"{name} is not finite")
@@ -588,20 +591,6 @@ def read_args(run_dir: Path | str) -> Args:
         fail(f"{run_dir} is not the folder of a run of {Path(__file__).name}, or its args.json is damaged: {error}")
 
 
-def start_run(args: Args) -> Path:
-    """The folder of the run to resume, or of a new one, with its args.json."""
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    versions = {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
-    versions |= {"python": sys.version.split()[0], "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-    record = {"script": Path(__file__).name, "arguments": asdict(args) | {"resume": None}, "versions": versions}
-    write(run_dir / "args.json", record | {"protocol": env_protocol(args)})
-    return run_dir
-
-
 def train(args: Args, device: torch.device) -> Path:
     """From the first rollout, or that after the checkpoint, to the last. Returns the run's folder. Exits if stopped."""
     leader, follower = make_agent(args, device)  # before the folder: a task that cannot be played leaves none behind
@@ -613,7 +602,15 @@ def train(args: Args, device: torch.device) -> Path:
         progress = {name: saved[name] for name in progress}
         if progress["step"] > args.total_timesteps:
             fail(f"--total-timesteps {args.total_timesteps}: {args.resume} has taken {progress['step']} steps already")
-    run_dir = start_run(args)
+    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    versions = {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
+    versions |= {"python": sys.version.split()[0], "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+    record = {"script": Path(__file__).name, "arguments": asdict(args) | {"resume": None}, "versions": versions}
+    write(run_dir / "args.json", record | {"protocol": env_protocol(args)})
     if args.resume is None:
         write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
     step, started, clock = progress["step"], progress["started"], time.monotonic() - progress["seconds"]

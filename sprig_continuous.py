@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -111,8 +112,9 @@ class SprigArgs:
     leader_value_coef: Weight = 0.0  # weight of the squared value error in the leader's loss (Algorithm 1: none)
     attention: Literal["gated", "figure4", "none"] = "gated"  # x + γ·attention(x), or attention(x) as in Figure 4
     feature_scale: Positive = 0.25  # factor on the features: sets how far an Adam step moves the policy
-    update: Literal["joint", "stopped", "separate", "simultaneous", "stackelberg"] = "stackelberg"
+    update: Literal["joint", "stopped", "separate", "simultaneous", "stackelberg", "commit"] = "stackelberg"
     """who moves when, and down which loss: from PPO's joint step to SPRIG, each adds one change"""
+    leader_max_kl: Positive = 0.02  # commit: the leader's move for a rollout ends where it changed the policy by this
     perception_cost_in_reward: bool = False  # learn from R - λ_c·C_θ(s), the reward in Eq. (13)
     paper_literal: bool = False  # the paper as printed: rows 1, 2, 4, 5, 10 and 11 of docs/paper.md
 
@@ -423,8 +425,8 @@ class Leader(nn.Module):
         self.num_features, self.feature_scale = num_entries * channels, args.feature_scale
 
     def forward(self, obs: torch.Tensor, num_rows: int | None = None):
-        x = torch.addcmul(self.token_bias, self.normaliser(obs)[..., None], self.token_scale)  # (B, n, C)
-        attention = []
+        entries, attention = self.normaliser(obs), []  # (B, n)
+        x = torch.addcmul(self.token_bias, entries[..., None], self.token_scale)  # (B, n, C)
         for linear, norm, block, gate in zip(self.linears, self.norms, self.blocks, self.layer_gates):
             layer = self.activation(norm(linear(x)))  # (B, n, C)
             if block is not None:
@@ -503,13 +505,9 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     return advantages, advantages + values
 
 
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    return (x - x.mean()) / (x.std() + 1e-8)
-
-
 @torch.no_grad()
 def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, args: Args):
-    """Lines 2-3: play T steps of N environments from `obs` (N, ...). Returns (batch of T·N transitions, next `obs`,
+    """Play T steps of N environments from `obs` (N, ...). Returns (batch of T·N transitions, next `obs`,
     games): of each whole game that ended the steps into the rollout, its raw return and its length."""
     device = next(follower.parameters()).device
     steps, paid, cuts, games = [], [], [], []
@@ -541,7 +539,7 @@ def collect_rollout(envs, obs: np.ndarray, leader: Leader, follower: Follower, a
         rewards -= args.perception_cost_weight * torch.stack([perceive(leader, x, args)[1] for x in seen])
     advantages, returns = compute_gae(rewards, values, next_values, terminations, dones, args.gamma, args.gae_lambda)
     if args.norm_adv == "rollout":
-        advantages = normalise(advantages)
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logprobs = action_distribution(logits.flatten(0, 1)).log_prob(actions.flatten(0, 1)).view_as(values)
     return Batch(*(x.flatten(0, 1) for x in (seen, actions, logprobs, values, advantages, returns))), obs, games
 
@@ -592,12 +590,13 @@ def leader_loss(logits, values, cost, batch: Batch, args: Args):
     utility = alpha * policy_term - (1 - alpha) * args.perception_cost_weight * mean_cost  # Eq. (8), (9)
     loss = -utility + args.leader_value_coef * ((values - batch.returns) ** 2).mean()  # Eq. (10)
     info = {"leader/utility": utility, "leader/policy_term": policy_term, "leader/perception_cost": mean_cost}
+    info["leader/approx_kl"] = ((logprobs - batch.logprobs).expm1() - (logprobs - batch.logprobs)).mean()
     return loss, {tag: x.detach() for tag, x in info.items()}
 
 
 def follower_loss(logits, values, batch: Batch, args: Args):
-    """Algorithm 1, lines 14-17: -L_CLIP + vf_coef * L_V - ent_coef * H. logits: the policy as the follower gives it, B
-    rows; values (B,). Returns (loss, info), scalars."""
+    """PPO's loss: -L_CLIP + vf_coef * L_V - ent_coef * H. logits: the policy as the follower gives it, B rows; values
+    (B,). Returns (loss, info), scalars."""
     policy = action_distribution(logits)
     log_ratio = policy.log_prob(batch.actions) - batch.logprobs  # (B,)
     policy_loss = -policy_objective(log_ratio, batch.advantages, args.clip_coef).mean()
@@ -607,7 +606,7 @@ def follower_loss(logits, values, batch: Batch, args: Args):
         value_error = torch.max(value_error, (clipped - batch.returns) ** 2)
     value_loss, entropy = value_error.mean(), policy.entropy().mean()
     # DEVIATION: row 6, line 17's C_θ left out: it does not depend on φ
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # line 17
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     change = log_ratio.expm1()  # (B,) of the probability ratio from 1
     info = {"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy}
     info["losses/approx_kl"] = (change - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
@@ -675,26 +674,55 @@ def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *, ste
     return [a + scale * b for a, b in zip(first_order, correction)]
 
 
-def total_derivative(follower: Follower, features, cost, theta, phi, batch: Batch, args: Args) -> list[torch.Tensor]:
-    """`leader_gradient` of the players' losses. They depend on θ by `features` and `cost` alone, whose graph leads back
-    to it: so both functions ignore their first argument."""
-    names = [name for name, parameter in follower.named_parameters() if parameter.requires_grad]
-
-    def answer(phi):
-        return functional_call(follower, dict(zip(names, phi)), (features,))
-
-    losses = (
-        lambda _, phi: leader_loss(*answer(phi), cost, batch, args)[0],
-        lambda _, phi: follower_loss(*answer(phi), batch, args)[0],
-    )
-    return leader_gradient(*losses, theta, phi, args.leader_gradient)
-
-
 def perceive(leader: Leader, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """What the leader makes of `obs`, and what it pays for that: (features (B, F), C_θ (B,), Eq. (9))."""
     num_rows = 0 if args.perception_cost == "concentration" else args.cost_rows  # query rows per layer; 0: all
     features, attention = leader(obs, num_rows=num_rows)
     return features, perception_cost(attention, args.perception_cost) if attention else features.new_zeros(len(obs))
+
+
+def leader_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> tuple[torch.Tensor, dict]:
+    """The leader's move on a minibatch, in θ: φ is held fixed, or its answer anticipated (--leader-gradient). Returns
+    (the features (B, F) it has shown, what to log)."""
+    theta, phi = ([p for p in player.parameters() if p.requires_grad] for player in (leader, follower))
+    optimizer.zero_grad()
+    features, cost = perceive(leader, batch.obs, args)  # lines 7-8
+    logits, values = follower(features)  # line 9
+    if args.update in ("simultaneous", "stackelberg", "commit"):
+        loss, info = leader_loss(logits, values, cost, batch, args)  # lines 10-11
+    else:  # PPO's; "joint" alone lets the value's error through to θ
+        loss, info = follower_loss(logits, values if args.update == "joint" else values.detach(), batch, args)
+    if args.leader_gradient == "first-order":
+        # DEVIATION: row 7, Eq. (6) asks for the total derivative through φ*(θ); Algorithm 1 takes this one
+        loss.backward(inputs=theta)  # φ gets no gradient, and what has none Adam leaves as it is
+    else:  # both losses as functions of φ; on θ they depend by `features` and `cost`, whose graph leads back to it
+        names = [name for name, parameter in follower.named_parameters() if parameter.requires_grad]
+
+        def losses(_, phi):
+            outputs = functional_call(follower, dict(zip(names, phi)), (features,))
+            return leader_loss(*outputs, cost, batch, args)[0], follower_loss(*outputs, batch, args)[0]
+
+        players = (lambda *at: losses(*at)[0], lambda *at: losses(*at)[1])
+        for parameter, gradient in zip(theta, leader_gradient(*players, theta, phi, args.leader_gradient)):
+            parameter.grad = gradient.contiguous()  # fused Adam misreads another layout
+    if args.update not in ("joint", "stopped"):
+        info["leader/grad_norm"] = clip_grad_norm_(theta, args.max_grad_norm)
+    if args.update in ("stackelberg", "commit"):  # else θ moves with φ
+        optimizer.step()  # line 12
+        optimizer.zero_grad()
+    return features, info
+
+
+def follower_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict:
+    """The follower's answer (lines 14-18), in φ, to features (B, F) in place of `batch.obs`. Returns what to log."""
+    follower.zero_grad()
+    logits, values = follower(batch.obs.detach())  # so that θ gets nothing of this loss
+    loss, info = follower_loss(logits, values, batch, args)
+    loss.backward()
+    players = [leader, follower] if args.update in ("joint", "stopped") else [follower]
+    info["losses/grad_norm"] = clip_grad_norm_([p for x in players for p in x.parameters()], args.max_grad_norm)
+    optimizer.step()
+    return info
 
 
 def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict:
@@ -707,65 +735,48 @@ def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch
       separate      L_φ, without the value's error   of each     at once
       simultaneous  -u_L, without entropy bonus      of each     at once
       stackelberg   -u_L, without entropy bonus      of each     the leader first
+      commit        -u_L, without entropy bonus      of each     the leader first, for a whole rollout: see `update`
     """
-    theta, phi = ([p for p in player.parameters() if p.requires_grad] for player in (leader, follower))
-    leads = args.update == "stackelberg"
-    own_loss = leads or args.update == "simultaneous"
-    own_clip = own_loss or args.update == "separate"
-
-    # 1. The leader moves: it ascends u_L in θ. φ is held fixed, or its answer anticipated (--leader-gradient).
-    optimizer.zero_grad()
-    features, cost = perceive(leader, batch.obs, args)  # lines 7-8
-    logits, values = follower(features)  # line 9
-    if own_loss:
-        loss, info = leader_loss(logits, values, cost, batch, args)  # lines 10-11
-    else:  # PPO's; "joint" alone lets the value's error through to θ
-        loss, info = follower_loss(logits, values if args.update == "joint" else values.detach(), batch, args)
-    if args.leader_gradient == "first-order":
-        # DEVIATION: row 7, Eq. (6) asks for the total derivative through φ*(θ); Algorithm 1 takes this one
-        loss.backward(inputs=theta)  # φ gets no gradient, and what has none Adam leaves as it is
-    else:
-        gradients = total_derivative(follower, features, cost, theta, phi, batch, args)
-        for parameter, gradient in zip(theta, gradients):
-            parameter.grad = gradient.contiguous()  # fused Adam misreads another layout
-    if own_clip:
-        info["leader/grad_norm"] = clip_grad_norm_(theta, args.max_grad_norm)
-    if leads:
-        optimizer.step()  # line 12
-        optimizer.zero_grad()
-
-        # 2. The follower sees what the leader shows now, θ held fixed (line 13). Where nobody leads, the old features.
-        with torch.no_grad():
+    features, info = leader_step(leader, follower, optimizer, batch, args)
+    if args.update == "stackelberg":
+        with torch.no_grad():  # line 13: the follower sees what the leader shows now
             features = leader(batch.obs)
+    return info | follower_step(leader, follower, optimizer, batch._replace(obs=features), args)
 
-    # 3. The follower answers: it descends L_φ in φ. Its features are detached, so θ gets nothing of this loss.
-    logits, values = follower(features.detach())
-    loss, follower_info = follower_loss(logits, values, batch, args)  # lines 14-17
-    loss.backward()
-    info |= follower_info
-    info["losses/grad_norm"] = clip_grad_norm_(phi if own_clip else theta + phi, args.max_grad_norm)
-    optimizer.step()  # line 18
-    return info
+
+def minibatches(batch: Batch, args: Args) -> Iterator[Batch]:
+    """All of `batch` once, in a random order."""
+    for rows in torch.randperm(len(batch.obs)).to(batch.obs.device).split(args.minibatch_size):
+        minibatch = Batch(*(x[rows] for x in batch))
+        if args.norm_adv == "minibatch":
+            x = minibatch.advantages
+            minibatch = minibatch._replace(advantages=(x - x.mean()) / (x.std() + 1e-8))
+        yield minibatch
 
 
 def update(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict[str, float]:
-    """All epochs over one rollout (lines 4-6). Returns means over the gradient steps, by TensorBoard's tags. Raises
+    """All epochs over one rollout. Returns means over the gradient steps, by TensorBoard's tags. Raises
     FloatingPointError if one of them, or a parameter, is not finite."""
-    history = []
+    history, obs = [], batch.obs[: args.minibatch_size]
+    step = stackelberg_step
+    if args.update == "commit":  # the leader moves alone: one pass, while the policy stays near the old one
+        for minibatch in minibatches(batch, args):
+            history.append(leader_step(leader, follower, optimizer, minibatch, args)[1])
+            if history[-1]["leader/approx_kl"] > args.leader_max_kl:
+                break
+        with torch.no_grad():  # then it is held fixed: its features are computed once for all of the follower's epochs
+            features = torch.cat([leader(x) for x in batch.obs.split(args.minibatch_size)])
+        batch, step = batch._replace(obs=features), follower_step
     for _ in range(args.update_epochs):
-        epoch = []
-        for indices in torch.randperm(len(batch.obs)).to(batch.obs.device).split(args.minibatch_size):
-            minibatch = Batch(*(x[indices] for x in batch))
-            if args.norm_adv == "minibatch":
-                minibatch = minibatch._replace(advantages=normalise(minibatch.advantages))
-            epoch.append(stackelberg_step(leader, follower, optimizer, minibatch, args))
+        epoch = [step(leader, follower, optimizer, x, args) for x in minibatches(batch, args)]
         history += epoch
         if args.target_kl and torch.stack([info["losses/approx_kl"] for info in epoch]).mean() > args.target_kl:
             break
-    metrics = {tag: torch.stack([info[tag] for info in history]).mean() for tag in history[0]}
+    tags = dict.fromkeys(tag for info in history for tag in info)
+    metrics = {tag: torch.stack([info[tag] for info in history if tag in info]).mean() for tag in tags}
     parameters = nn.ModuleDict({"leader": leader, "follower": follower}).named_parameters()
     with torch.no_grad():  # finite parameters can still be too large to act
-        acts = zip(("the policy", "the value"), follower(leader(minibatch.obs)))
+        acts = zip(("the policy", "the value"), follower(leader(obs)))
     for name, value in (*metrics.items(), *parameters, *acts):
         if not value.isfinite().all():
             raise FloatingPointError(f"{name} is not finite")
@@ -856,20 +867,6 @@ def read_args(run_dir: Path | str) -> Args:
         fail(f"{run_dir} is not the folder of a run of {Path(__file__).name}, or its args.json is damaged: {error}")
 
 
-def start_run(args: Args) -> Path:
-    """The folder of the run to resume, or of a new one, with its args.json."""
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    versions = {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
-    versions |= {"python": sys.version.split()[0], "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-    record = {"script": Path(__file__).name, "arguments": asdict(args) | {"resume": None}, "versions": versions}
-    write(run_dir / "args.json", record | {"protocol": env_protocol(args)})
-    return run_dir
-
-
 def train(args: Args, device: torch.device) -> Path:
     """From the first rollout, or that after the checkpoint, to the last. Returns the run's folder. Exits if stopped."""
     leader, follower = make_agent(args, device)  # before the folder: a task that cannot be played leaves none behind
@@ -881,7 +878,15 @@ def train(args: Args, device: torch.device) -> Path:
         progress = {name: saved[name] for name in progress}
         if progress["step"] > args.total_timesteps:
             fail(f"--total-timesteps {args.total_timesteps}: {args.resume} has taken {progress['step']} steps already")
-    run_dir = start_run(args)
+    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    versions = {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
+    versions |= {"python": sys.version.split()[0], "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+    record = {"script": Path(__file__).name, "arguments": asdict(args) | {"resume": None}, "versions": versions}
+    write(run_dir / "args.json", record | {"protocol": env_protocol(args)})
     if args.resume is None:
         write(run_dir / "checkpoint.pt", progress | {name: part.state_dict() for name, part in parts.items()})
     step, started, clock = progress["step"], progress["started"], time.monotonic() - progress["seconds"]

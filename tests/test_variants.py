@@ -53,11 +53,12 @@ def test_each_variant_moves_whom_it_should_when_it_should(flags, moves):
     assert play(variants.update, variants.Args(**TINY, **flags))[0] == moves
 
 
-@pytest.mark.parametrize("variant", ["joint", "stackelberg"])
+@pytest.mark.parametrize("variant", ["joint", "stackelberg", "commit"])
 def test_without_changes_it_is_the_base(variant):
-    _, wanted = play(base.update, base.Args(**TINY, cost_rows=0, leader_value_coef=0.3, update=variant))
-    args = variants.Args(**TINY, cost_rows=0, leader_value_coef=0.3, variant=variant)
-    changed = dataclasses.replace(args, leader_ent_coef=0.1, clip_each=True)
+    settings = TINY | {"cost_rows": 0, "leader_value_coef": 0.3, "leader_max_kl": 1.0}
+    _, wanted = play(base.update, base.Args(**settings, update=variant))
+    args = variants.Args(**settings, variant=variant)
+    changed = dataclasses.replace(args, leader_ent_coef=0.1, clip_each=True, vf_coef=0.1)
     same, other = ((wanted - play(variants.update, x)[1]).abs().max() for x in (args, changed))
     assert same <= (0 if variant == "stackelberg" else 1e-6) < 1e-5 < other
 
