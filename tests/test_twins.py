@@ -59,9 +59,7 @@ def test_what_ppo_and_sprig_share_is_the_same_text(names):
         for key, text in definitions(theirs).items():
             if key not in algorithm | {"def collect_rollout", "def follower_loss"}:
                 assert ours[key].rstrip() == text.rstrip(), key
-    without_cost = COST_IN_REWARD.sub("", sprig["Rollout"]).replace("Lines 2-3: play", "Play")
-    assert without_cost == ppo["Rollout"]
-    assert sprig["Update"].count("epoch.append(stackelberg_step(") == ppo["Update"].count("epoch.append(gradient_step(")
+    assert COST_IN_REWARD.sub("", sprig["Rollout"]) == ppo["Rollout"]
 
 
 @pytest.mark.parametrize("names", zip(TWINS, CONTINUOUS), ids=["ppo", "sprig"])

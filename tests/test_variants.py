@@ -44,13 +44,15 @@ def play(update, args):
     ({"variant": "heads-first"}, ["F", "L"] * 8),
     ({"variant": "commit", "leader_epochs": 2, "leader_max_kl": 10.0}, ["L"] * 8 + ["F"] * 8),
     ({"variant": "commit", "leader_epochs": 2, "leader_max_kl": 1e-12}, ["L"] + ["F"] * 8),  # seen after a step
+    ({"update": "commit", "leader_max_kl": 1e-12}, ["L"] * 2 + ["F"] * 8),  # after the step at which it is seen
     ({"variant": "value-phase", "phase_interval": 1}, ["L", "F"] * 8 + ["L"] * 12),
     ({"variant": "ppg", "phase_interval": 1}, ["LF"] * 20),
     ({"variant": "fisher"}, ["L", "F"] * 8),
     ({"variant": "frozen"}, ["F"] * 8),
 ])  # fmt: skip
 def test_each_variant_moves_whom_it_should_when_it_should(flags, moves):
-    assert play(variants.update, variants.Args(**TINY, **flags))[0] == moves
+    script = variants if "variant" in flags else base
+    assert play(script.update, script.Args(**TINY, **flags))[0] == moves
 
 
 @pytest.mark.parametrize("variant", ["joint", "stackelberg", "commit"])
