@@ -38,8 +38,7 @@ def test_banners_stand_in_the_agreed_order_and_definitions_are_few(name):
 
 @PAIRS
 def test_the_twins_lie_close_together(names):
-    paths = [f"{name}.py" for name in names]
-    command = ["git", "diff", "--no-index", "--no-color", *paths]
+    command = ["git", "diff", "--no-index", "--no-color", *(f"{name}.py" for name in names)]
     diff = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     changed = [line for line in diff if re.match(r"[+-](?!\+\+ |-- )", line)]
     assert 100 < len(changed) <= 330 and sum(line.startswith("@@") for line in diff) <= 20
