@@ -631,7 +631,7 @@ def parse_args() -> Args:
     def parse(defaults: Args) -> dict:
         values = asdict(defaults)
         parts = {name: group(**{f.name: values[f.name] for f in fields(group)}) for name, group in groups.items()}
-        about = (__doc__ or "").split("\n\nPaper")[0]
+        about = "\n\n".join((__doc__ or "").split("\n\n")[:2])
         parsed = tyro.cli(tyro.conf.OmitArgPrefixes[dict], default=parts, description=about)
         return {name: value for part in parsed.values() for name, value in vars(part).items()}
 

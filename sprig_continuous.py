@@ -2,6 +2,9 @@
 
     python sprig_continuous.py --env-id HalfCheetah-v5
 
+On each minibatch the leader (perception) ascends its utility while the follower (policy and value) stays; then the
+follower descends PPO's loss on the features that it is shown now, while the leader stays: `stackelberg_step`.
+
 Paper: Martinez-Lopez, Chen, Lu, "SPRIG: Stackelberg Perception-Reinforcement Learning with Internal Game Dynamics",
 arXiv 2502.14264. Equations and lines (of Algorithm 1) have its numbers. DEVIATION: not as printed there, see that row
 of docs/paper.md. The paper knows pixels only; here the observation's entries take the place of the image's locations.
@@ -113,7 +116,7 @@ class SprigArgs:
     attention: Literal["gated", "figure4", "none"] = "gated"  # x + γ·attention(x), or attention(x) as in Figure 4
     feature_scale: Positive = 0.25  # factor on the features: sets how far an Adam step moves the policy
     update: Literal["joint", "stopped", "separate", "simultaneous", "stackelberg", "commit"] = "stackelberg"
-    """who moves when, and down which loss: from PPO's joint step to SPRIG, each adds one change"""
+    """who moves when, down which loss: from PPO's joint step to SPRIG, each adds one change; commit: for a rollout"""
     leader_max_kl: Positive = 0.02  # commit: the leader's move for a rollout ends where it changed the policy by this
     perception_cost_in_reward: bool = False  # learn from R - λ_c·C_θ(s), the reward in Eq. (13)
     paper_literal: bool = False  # the paper as printed: rows 1, 2, 4, 5, 10 and 11 of docs/paper.md
@@ -1009,7 +1012,7 @@ def parse_args() -> Args:
     def parse(defaults: Args) -> dict:
         values = asdict(defaults)
         parts = {name: group(**{f.name: values[f.name] for f in fields(group)}) for name, group in groups.items()}
-        about = (__doc__ or "").split("\n\nPaper")[0]
+        about = "\n\n".join((__doc__ or "").split("\n\n")[:2])
         parsed = tyro.cli(tyro.conf.OmitArgPrefixes[dict], default=parts, description=about)
         return {name: value for part in parsed.values() for name, value in vars(part).items()}
 
