@@ -383,7 +383,8 @@ class Published:
         for task in entry.get("tasks", matrix.tasks):
             for label in labels:
                 pair = {"x": self.scores(entry, label, task)}
-                pair["y"] = self.scores(entry, against, entry.get("task_against", task))
+                other = entry | {"steps": entry.get("steps_against", entry.get("steps", 0))}
+                pair["y"] = self.scores(other, against, entry.get("task_against", task))
                 rows.append({"task": task, "label": label} | pair | welch(**pair))
         frame = pd.DataFrame(rows)
         corrected = np.where(frame["p"].isna(), np.nan, multipletests(frame["p"].fillna(1), method="holm")[1])
