@@ -116,8 +116,8 @@ class SprigArgs:
     attention: Literal["gated", "figure4", "none"] = "gated"  # x + γ·attention(x), or attention(x) as in Figure 4
     feature_scale: Positive = 0.25  # factor on the features: sets how far an Adam step moves the policy
     update: Literal["joint", "stopped", "separate", "simultaneous", "stackelberg", "commit"] = "stackelberg"
-    """who moves when, down which loss: from PPO's joint step to SPRIG, each adds one change; commit: for a rollout"""
-    leader_max_kl: Positive = 0.02  # commit: the leader's move for a rollout ends where it changed the policy by this
+    """who moves when: from PPO's joint step to SPRIG, each adds one change; commit: the leader, for a whole rollout"""
+    leader_max_kl: Positive = 0.02  # commit: its move ends where it has changed the policy by this KL
     perception_cost_in_reward: bool = False  # learn from R - λ_c·C_θ(s), the reward in Eq. (13)
     paper_literal: bool = False  # the paper as printed: rows 1, 2, 4, 5, 10 and 11 of docs/paper.md
 
@@ -404,9 +404,8 @@ class AttentionBlock(nn.Module):
 
 class Leader(nn.Module):
     """Perception, θ. Each entry of the observation becomes a token of C = 16 channels, to which K = 3 layers (linear,
-    LayerNorm, attention of entries to entries) add. Their gates start at 0: at first features are linear in entries.
-    obs (B, n) or (B, 2, n) (see Disturbed) -> features (B, n·C). With `num_rows` given, (features, attention): K = 3
-    tensors (B, n, n), or rows of them (see AttentionBlock)."""
+    LayerNorm, attention of entries to entries) add. obs (B, n) or (B, 2, n) (see Disturbed) -> features (B, n·C). With
+    `num_rows` given, (features, attention): K = 3 tensors (B, n, n), or rows of them (see AttentionBlock)."""
 
     def __init__(self, observation_space: gym.spaces.Box, args: Args):
         super().__init__()
@@ -583,9 +582,10 @@ def leader_loss(logits, values, cost, batch: Batch, args: Args):
     """-u_L (Eq. 8, 10), plus the value error if that has a weight. logits: the policy as the follower gives it, B rows;
     values (B,); cost (B,): C_θ(s) before λ_c. Returns (loss, info), scalars."""
     logprobs = action_distribution(logits).log_prob(batch.actions)  # (B,)
+    log_ratio = logprobs - batch.logprobs  # (B,)
     if args.leader_objective == "clipped":
         # DEVIATION: row 5, PPO's trust region for the leader too: line 10 is unbounded where Â < 0
-        policy_term = policy_objective(logprobs - batch.logprobs, batch.advantages, args.clip_coef).mean()
+        policy_term = policy_objective(log_ratio, batch.advantages, args.clip_coef).mean()
     else:
         policy_term = (logprobs * batch.advantages).mean()  # line 10
     alpha, mean_cost = args.cooperation_weight, cost.mean()
@@ -593,7 +593,7 @@ def leader_loss(logits, values, cost, batch: Batch, args: Args):
     utility = alpha * policy_term - (1 - alpha) * args.perception_cost_weight * mean_cost  # Eq. (8), (9)
     loss = -utility + args.leader_value_coef * ((values - batch.returns) ** 2).mean()  # Eq. (10)
     info = {"leader/utility": utility, "leader/policy_term": policy_term, "leader/perception_cost": mean_cost}
-    info["leader/approx_kl"] = ((logprobs - batch.logprobs).expm1() - (logprobs - batch.logprobs)).mean()
+    info["leader/approx_kl"] = (log_ratio.expm1() - log_ratio).mean()
     return loss, {tag: x.detach() for tag, x in info.items()}
 
 
@@ -679,20 +679,21 @@ def leader_gradient(leader_loss_fn, follower_loss_fn, theta, phi, method, *, ste
 
 def perceive(leader: Leader, obs: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """What the leader makes of `obs`, and what it pays for that: (features (B, F), C_θ (B,), Eq. (9))."""
-    num_rows = 0 if args.perception_cost == "concentration" else args.cost_rows  # query rows per layer; 0: all
-    features, attention = leader(obs, num_rows=num_rows)
+    features, attention = leader(obs, num_rows=0 if args.perception_cost == "concentration" else args.cost_rows)
     return features, perception_cost(attention, args.perception_cost) if attention else features.new_zeros(len(obs))
 
 
 def leader_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> tuple[torch.Tensor, dict]:
-    """The leader's move on a minibatch, in θ: φ is held fixed, or its answer anticipated (--leader-gradient). Returns
-    (the features (B, F) it has shown, what to log)."""
+    """The leader's move on a minibatch, in θ: φ is held fixed, or its answer anticipated (--leader-gradient). Where
+    nobody leads, θ gets its gradient only. Returns (the features (B, F) it has shown, what to log)."""
     theta, phi = ([p for p in player.parameters() if p.requires_grad] for player in (leader, follower))
     optimizer.zero_grad()
     features, cost = perceive(leader, batch.obs, args)  # lines 7-8
     logits, values = follower(features)  # line 9
     if args.update in ("simultaneous", "stackelberg", "commit"):
         loss, info = leader_loss(logits, values, cost, batch, args)  # lines 10-11
+        if args.update == "commit" and info["leader/approx_kl"] > args.leader_max_kl:
+            return features, info  # it has moved far enough
     else:  # PPO's; "joint" alone lets the value's error through to θ
         loss, info = follower_loss(logits, values if args.update == "joint" else values.detach(), batch, args)
     if args.leader_gradient == "first-order":
@@ -701,23 +702,25 @@ def leader_step(leader: Leader, follower: Follower, optimizer, batch: Batch, arg
     else:  # both losses as functions of φ; on θ they depend by `features` and `cost`, whose graph leads back to it
         names = [name for name, parameter in follower.named_parameters() if parameter.requires_grad]
 
-        def losses(_, phi):
-            outputs = functional_call(follower, dict(zip(names, phi)), (features,))
-            return leader_loss(*outputs, cost, batch, args)[0], follower_loss(*outputs, batch, args)[0]
+        def answer(phi):
+            return functional_call(follower, dict(zip(names, phi)), (features,))
 
-        players = (lambda *at: losses(*at)[0], lambda *at: losses(*at)[1])
-        for parameter, gradient in zip(theta, leader_gradient(*players, theta, phi, args.leader_gradient)):
+        losses = (
+            lambda _, phi: leader_loss(*answer(phi), cost, batch, args)[0],
+            lambda _, phi: follower_loss(*answer(phi), batch, args)[0],
+        )
+        for parameter, gradient in zip(theta, leader_gradient(*losses, theta, phi, args.leader_gradient)):
             parameter.grad = gradient.contiguous()  # fused Adam misreads another layout
     if args.update not in ("joint", "stopped"):
         info["leader/grad_norm"] = clip_grad_norm_(theta, args.max_grad_norm)
-    if args.update in ("stackelberg", "commit"):  # else θ moves with φ
+    if args.update in ("stackelberg", "commit"):
         optimizer.step()  # line 12
         optimizer.zero_grad()
     return features, info
 
 
 def follower_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict:
-    """The follower's answer (lines 14-18), in φ, to features (B, F) in place of `batch.obs`. Returns what to log."""
+    """The follower's answer (lines 14-18) to features (B, F), here `batch.obs`. Where nobody leads, θ moves as well."""
     follower.zero_grad()
     logits, values = follower(batch.obs.detach())  # so that θ gets nothing of this loss
     loss, info = follower_loss(logits, values, batch, args)
@@ -738,10 +741,10 @@ def stackelberg_step(leader: Leader, follower: Follower, optimizer, batch: Batch
       separate      L_φ, without the value's error   of each     at once
       simultaneous  -u_L, without entropy bonus      of each     at once
       stackelberg   -u_L, without entropy bonus      of each     the leader first
-      commit        -u_L, without entropy bonus      of each     the leader first, for a whole rollout: see `update`
+    And "commit" is SPRIG whose leader moves first for a whole rollout: see `update`.
     """
     features, info = leader_step(leader, follower, optimizer, batch, args)
-    if args.update == "stackelberg":
+    if args.update in ("stackelberg", "commit"):
         with torch.no_grad():  # line 13: the follower sees what the leader shows now
             features = leader(batch.obs)
     return info | follower_step(leader, follower, optimizer, batch._replace(obs=features), args)
@@ -760,8 +763,7 @@ def minibatches(batch: Batch, args: Args) -> Iterator[Batch]:
 def update(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict[str, float]:
     """All epochs over one rollout. Returns means over the gradient steps, by TensorBoard's tags. Raises
     FloatingPointError if one of them, or a parameter, is not finite."""
-    history, obs = [], batch.obs[: args.minibatch_size]
-    step = stackelberg_step
+    history, obs, step = [], batch.obs[: args.minibatch_size], stackelberg_step
     if args.update == "commit":  # the leader moves alone: one pass, while the policy stays near the old one
         for minibatch in minibatches(batch, args):
             history.append(leader_step(leader, follower, optimizer, minibatch, args)[1])
@@ -884,7 +886,7 @@ def train(args: Args, device: torch.device) -> Path:
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
+        fail(f"--run-dir {run_dir} is no empty folder; name a new one, or continue that run with --resume")
     run_dir.mkdir(parents=True, exist_ok=True)
     versions = {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
     versions |= {"python": sys.version.split()[0], "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}

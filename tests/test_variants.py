@@ -44,7 +44,7 @@ def play(update, args):
     ({"variant": "heads-first"}, ["F", "L"] * 8),
     ({"variant": "commit", "leader_epochs": 2, "leader_max_kl": 10.0}, ["L"] * 8 + ["F"] * 8),
     ({"variant": "commit", "leader_epochs": 2, "leader_max_kl": 1e-12}, ["L"] + ["F"] * 8),  # seen after a step
-    ({"update": "commit", "leader_max_kl": 1e-12}, ["L"] * 2 + ["F"] * 8),  # after the step at which it is seen
+    ({"update": "commit", "leader_max_kl": 1e-12}, ["L"] + ["F"] * 8),
     ({"variant": "value-phase", "phase_interval": 1}, ["L", "F"] * 8 + ["L"] * 12),
     ({"variant": "ppg", "phase_interval": 1}, ["LF"] * 20),
     ({"variant": "fisher"}, ["L", "F"] * 8),
@@ -57,7 +57,7 @@ def test_each_variant_moves_whom_it_should_when_it_should(flags, moves):
 
 @pytest.mark.parametrize("variant", ["joint", "stackelberg", "commit"])
 def test_without_changes_it_is_the_base(variant):
-    settings = TINY | {"cost_rows": 0, "leader_value_coef": 0.3, "leader_max_kl": 1.0}
+    settings = TINY | {"cost_rows": 0, "leader_value_coef": 0.3}
     _, wanted = play(base.update, base.Args(**settings, update=variant))
     args = variants.Args(**settings, variant=variant)
     changed = dataclasses.replace(args, leader_ent_coef=0.1, clip_each=True, vf_coef=0.1)
