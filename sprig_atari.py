@@ -114,13 +114,13 @@ class SprigArgs:
     leader_objective: Literal["clipped", "log-prob"] = "clipped"  # PPO's surrogate, or mean(log π · Â) as in line 10
     leader_gradient: Literal["first-order", "unrolled", "implicit"] = "first-order"
     """Algorithm 1's partial derivative; or the total one: through a step of the follower, or its best response"""
-    leader_rate_factor: Positive = 1.0  # the leader's step size, as a multiple of --learning-rate
+    leader_rate_factor: Positive = 1.0  # the leader's step size over --learning-rate (measured with --update commit: 3)
     leader_value_coef: Weight = 0.0  # weight of the squared value error in the leader's loss (Algorithm 1: none)
     attention: Literal["gated", "figure4", "none"] = "gated"  # x + γ·attention(x), or attention(x) as in Figure 4
     feature_scale: Positive = 0.15  # factor on the features: sets how far an Adam step moves the policy
     update: Literal["joint", "stopped", "separate", "simultaneous", "stackelberg", "commit"] = "stackelberg"
-    """who moves when: from PPO's joint step to SPRIG, each adds one change; commit: the leader, for a whole rollout"""
-    leader_max_kl: Positive = 0.02  # commit: its move ends where it has changed the policy by this KL
+    """from PPO's step to SPRIG's, each adds one change; commit: the leader takes a pass alone, then the follower all"""
+    leader_max_kl: Positive = 0.02  # commit: the pass ends where a minibatch has this KL to the old policy
     perception_cost_in_reward: bool = False  # learn from R - λ_c·C_θ(s), the reward in Eq. (13)
     paper_literal: bool = False  # the paper as printed: rows 1, 2, 4, 5, 10 and 11 of docs/paper.md
 
@@ -615,7 +615,7 @@ def leader_step(leader: Leader, follower: Follower, optimizer, batch: Batch, arg
 
 def follower_step(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Args) -> dict:
     """The follower's answer (lines 14-18) to features (B, F), here `batch.obs`. Where nobody leads, θ moves as well."""
-    follower.zero_grad()
+    follower.zero_grad()  # θ keeps what `leader_step` left
     logits, values = follower(batch.obs.detach())  # so that θ gets nothing of this loss
     loss, info = follower_loss(logits, values, batch, args)
     loss.backward()
@@ -662,7 +662,7 @@ def update(leader: Leader, follower: Follower, optimizer, batch: Batch, args: Ar
         for minibatch in minibatches(batch, args):
             history.append(leader_step(leader, follower, optimizer, minibatch, args)[1])
             if history[-1]["leader/approx_kl"] > args.leader_max_kl:
-                break
+                break  # that call took no step
         with torch.no_grad():  # then it is held fixed: its features are computed once for all of the follower's epochs
             features = torch.cat([leader(x) for x in batch.obs.split(args.minibatch_size)])
         batch, step = batch._replace(obs=features), follower_step
