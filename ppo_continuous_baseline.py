@@ -605,7 +605,7 @@ def train(args: Args, device: torch.device) -> Path:
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        fail(f"--run-dir {run_dir} is no empty folder; name a new one, or continue that run with --resume")
+        fail(f"--run-dir {run_dir} is not empty; name a new folder, or continue that run with --resume")
     run_dir.mkdir(parents=True, exist_ok=True)
     versions = {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
     versions |= {"python": sys.version.split()[0], "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
