@@ -1,4 +1,4 @@
-"""Watch a saved run, python watch.py runs/<run>: what the agent sees beside what its leader attends to.
+"""Watch a saved run: what the agent sees, what its leader attends to, a policy.
 
 Writes watch.mp4, one game, and watch.png, six moments of it, into the run's folder. Left: what the agent sees, or for
 vectors the rendered environment. Beside it, for each attention layer of SPRIG: on pixels how much attention each

@@ -1,8 +1,8 @@
 """Draw runs, or the repository's own results.
 
-    python benchmark/plot.py RUN_DIR ... --output curves.png   # return curves and a table of any runs, no matrix needed
-    python benchmark/plot.py --publish        # the tables of docs/results.md and README.md, and the figures
-    python benchmark/plot.py --check          # writes nothing; exit code 1 if they are not what the data give
+    python benchmark/plot.py RUN_DIR ...  # curves and a table of any runs
+    python benchmark/plot.py --publish    # the repository's tables and figures
+    python benchmark/plot.py --check      # exit code 1 if the data give others
 
 A run is the folder that a script left (args.json, episodes.csv), finished or not, or an exported result
 (`<label>_seed<n>.json` with its .csv.gz). A folder of such is all of them.
@@ -369,10 +369,11 @@ class Published:
             names = rows.index.astype(str).str.replace(r"^.*__(.+)__\d+$", r"\1", regex=True)
             return rows.loc[names == label, entry["column"]].to_numpy(float)
         name, _, label = label.rpartition("/")
-        runs = self.matrix(name or entry["matrix"]).runs.get((task, label), [])
+        places = [name or entry["matrix"], *entry.get("also", [])]
+        runs = next(filter(None, (self.matrix(name).runs.get((task, label)) for name in places)), [])
         found = np.array([run.score(entry.get("score", "final"), entry.get("steps", 0)) for run in runs])
         if not len(found) or np.isnan(found).any():
-            fail(f"questions.toml compares {name or entry['matrix']}/{label} on {task}, of which a score is missing")
+            fail(f"questions.toml compares {places[0]}/{label} on {task}, of which a score is missing")
         return found
 
     def tests(self, entry: dict) -> pd.DataFrame:
@@ -559,4 +560,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2])))

@@ -1,10 +1,10 @@
-"""Play an experiment matrix: every script with its flags, on every task, from every seed.
+"""Play an experiment matrix: every script, on every task, from every seed.
 
-    python benchmark/run.py benchmark/matrices/mujoco.toml --dry-run           # every run: its state, its command
-    python benchmark/run.py benchmark/matrices/mujoco.toml                     # on this machine, all cores
-    python benchmark/run.py benchmark/matrices/mujoco.toml --address HOST:6379 # on a Ray cluster
-    sbatch --array=0-39 benchmark/slurm.sh benchmark/matrices/mujoco.toml      # one Slurm job per run, without Ray
-    python benchmark/run.py MATRIX --collect RUN_DIR ...                       # add runs made by hand
+    python benchmark/run.py MATRIX --dry-run            # all runs, and commands
+    python benchmark/run.py MATRIX                      # here, on all cores
+    python benchmark/run.py MATRIX --address HOST:6379  # on a Ray cluster
+    sbatch --array=0-39 benchmark/slurm.sh MATRIX       # one Slurm job per run
+    python benchmark/run.py MATRIX --collect RUN_DIR    # add runs made by hand
 
 A matrix is a TOML file (benchmark/matrices/ has examples): `question`, `tasks`, `seeds`, `cpus` and `gpus` of one run
 (cpus is also its --threads; with 0 gpus it sees none), `[flags]` of every run, and `[arms.<label>]` with `title`,
@@ -478,4 +478,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2])))

@@ -1,11 +1,10 @@
-"""Steps per second of the PPO and SPRIG scripts beside others' PPO, or beside another checkout of this repository.
+"""Steps per second of PPO and SPRIG, beside others' PPO or another checkout.
 
-    python benchmark/speed.py                              # BeamRider at the scripts' defaults
-    python benchmark/speed.py --family continuous          # HalfCheetah
-    python benchmark/speed.py --settings cleanrl           # BeamRider at the settings that CleanRL publishes
-    python benchmark/speed.py --against ../other-checkout  # both scripts, here and there
-    python benchmark/speed.py --device cuda
-    python benchmark/speed.py --cleanrl CLONE --cleanrl-python PYTHON   # CleanRL's PPO takes part
+    python benchmark/speed.py                      # BeamRider, defaults
+    python benchmark/speed.py --family continuous  # HalfCheetah
+    python benchmark/speed.py --settings cleanrl   # with CleanRL's settings
+    python benchmark/speed.py --against CHECKOUT   # here and in another
+    python benchmark/speed.py --cleanrl CLONE --cleanrl-python PYTHON
 
 Every contestant is a program started from outside, as a user would start it, without evaluation: once for one rollout,
 once for `rollouts` more. The difference is what the further steps took, start-up left out, whatever a script logs. In a
@@ -257,4 +256,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2])))

@@ -267,11 +267,6 @@ def test_a_stdout_that_takes_nothing_loses_nothing(tmp_path, redirect):
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "tabular.png"}
 
 
-def test_help_fits_a_terminal():
-    lines = run_script("--help").stdout.replace(str(ROOT), "").splitlines()
-    assert any("--lambdas" in line for line in lines) and max(map(len, lines)) <= 80
-
-
 def test_mistakes_are_answered_in_one_line(tmp_path):
     for flags, message in {
         "--env-id Taxi-v3": "Please use `Taxi-v4` instead",

@@ -1,7 +1,7 @@
-"""What sight is worth in a game: the returns of players that see nothing, and of agents beside blind copies of them.
+"""What sight is worth: players that see nothing, agents beside blind copies.
 
-    python benchmark/studies/blind.py --env-id BeamRiderNoFrameskip-v4  # players that hold one action, or draw any
-    python benchmark/studies/blind.py RUN_DIR ... > blind.csv           # trained agents, each beside its blind copy
+    python benchmark/studies/blind.py --env-id ID  # one action, or any
+    python benchmark/studies/blind.py RUN_DIR ...  # agents, and copies
 
 A blind copy draws its actions from the agent's mean probabilities, over all steps of the agent's games, whatever it
 sees. If it scores what the agent does, within the error of so many games, nothing shows that perceiving was of use.
@@ -126,4 +126,4 @@ def main(settings: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2])))

@@ -1,6 +1,6 @@
-"""Play CleanRL's PPO, unchanged, where a matrix names it among its peers, and export its games.
+"""Play CleanRL's PPO, unchanged, on a matrix that names it among its peers.
 
-    python benchmark/studies/cleanrl.py benchmark/matrices/peer-atari.toml --clone CLONE --python PYTHON
+    python benchmark/studies/cleanrl.py MATRIX --clone CLONE --python PYTHON
 
 CLONE is a clone of https://github.com/vwxyzjn/cleanrl, PYTHON an interpreter with what that asks for (it wants an older
 Gymnasium than ours). Its ppo_atari.py plays beside the Atari scripts, its ppo_continuous_action.py beside the others:
@@ -96,4 +96,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2])))

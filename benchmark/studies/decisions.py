@@ -1,7 +1,7 @@
-"""Where the paper leaves a choice, measure it: variants of SPRIG on the patch task (patch_task.py).
+"""Where the paper leaves a choice, measure it, on the patch task.
 
     python benchmark/studies/decisions.py > decisions.csv
-    python benchmark/studies/decisions.py --variants "paper literal" --seeds 104 105
+    python benchmark/studies/decisions.py --variants "paper literal" --seeds 104
 
 Table 1's settings but for the rollout (8 x 32) and γ = 0.5 (each step is a problem of its own), and features at unit
 scale, which suits so short a task; SPRIG's default, 0.15, is a variant (row 11). A variant's score is the mean return
@@ -87,4 +87,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2])))

@@ -1,6 +1,6 @@
-"""What moving first is worth, in two games small enough to solve: who gets where, and at what cost per step.
+"""What moving first is worth, in two games that are small enough to solve.
 
-    python benchmark/studies/first_move.py  # first_move.png and .csv in benchmark/results, and a table
+    python benchmark/studies/first_move.py  # a table, first_move.png and .csv
 
 1. The quadratic game: the leader loses ½(x - 1)² + ½y², the follower ½(y - 2x)². Simultaneous play (Nash) ends at
    (1, 2), where the leader loses 2; leading is worth 1.6, at (0.2, 0.4).
@@ -237,4 +237,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2])))

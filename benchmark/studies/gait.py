@@ -1,4 +1,4 @@
-"""How trained agents move on HalfCheetah: on their feet, or sliding along on their back.
+"""How agents move on HalfCheetah: on their feet, or sliding on their back.
 
     python benchmark/studies/gait.py RUN_DIR ... > gait.csv
 
@@ -61,4 +61,4 @@ def main(settings: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2])))

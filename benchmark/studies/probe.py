@@ -1,7 +1,7 @@
-"""What an encoder's features tell: a linear probe of the game's state, and whether attention finds what is true.
+"""What features tell: a linear probe of the state, and where attention goes.
 
     python benchmark/studies/probe.py RUN_DIR ... > probe.csv
-    python benchmark/studies/probe.py RUN_DIR ... --attention-off > probe_off.csv
+    python benchmark/studies/probe.py RUN_DIR ... --attention-off > off.csv
 
 Runs on Atari: every agent plays `games` games with its own actions. On all these observations together a ridge
 regression reads the state of the game from each run's features, and, to compare with, from those of a network that
@@ -224,4 +224,4 @@ def main(settings: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2])))
