@@ -169,7 +169,7 @@ def summary(values) -> str:
 
 def draw_curves(tasks: dict[str, dict[str, list[Run]]], beside: dict[str, pd.Series] | None = None) -> Figure:
     """A panel per task: mean over seeds and its standard deviation. `beside`: label -> returns, by agent steps."""
-    columns = min(len(tasks), 4)
+    columns = len(tasks) if len(tasks) < 5 else 3
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(max(6.0, 3.2 * columns), 0.9 + 2.9 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -471,10 +471,11 @@ class Published:
 
     def figures(self) -> dict[str, Figure]:
         drawn = {"forest": self.draw_forest()}
-        for name in self.plan["curves"]:
-            matrix, tasks = self.matrix(name), {}
-            for (task, label), runs in matrix.runs.items():
-                tasks.setdefault(task, {})[f"{matrix.titles[label]} ({len(runs)} seeds)"] = runs
+        for name, matrices in self.plan["curves"].items():
+            tasks = {}
+            for matrix in map(self.matrix, matrices):
+                for (task, label), runs in matrix.runs.items():
+                    tasks.setdefault(task, {})[f"{matrix.titles[label]} ({len(runs)} seeds)"] = runs
             paper = pd.read_csv(self.results / "figure2_beamrider.csv", comment="#", index_col=0)
             beside = {f"{kind.upper()}, the paper's Figure 2": paper[f"{kind}_mean"] for kind in ("ppo", "sprig")}
             drawn |= {name: draw_curves(tasks, beside if name.startswith("beamrider") else None)} if tasks else {}

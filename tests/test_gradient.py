@@ -107,9 +107,8 @@ def real_game(**settings):
 
     def leader_loss_fn(theta, phi):
         features, attention = call(leader, theta, obs, 0)
-        return sprig.leader_loss(
-            *call(follower, phi, features), sprig.perception_cost(attention, "entropy"), batch, args
-        )[0]
+        cost = sprig.perception_cost(attention, "entropy")
+        return sprig.leader_loss(*call(follower, phi, features), cost, batch, args)[0]
 
     def follower_loss_fn(theta, phi):
         return sprig.follower_loss(*call(follower, phi, call(leader, theta, obs)), batch, args)[0]

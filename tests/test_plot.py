@@ -31,7 +31,7 @@ script = "sprig.py"
 flags = { update = "joint", target-kl = "None" }
 """
 QUESTIONS = """
-curves = ["m"]
+curves = { m = ["m"] }
 [[forest]]
 matrix = "m"
 [[question]]
@@ -131,6 +131,8 @@ def test_a_row_is_corrected_after_holm_for_its_tests(root):
     small, large = sorted(tests["p"])
     assert 0.1 < large < 0.5 and sorted(tests["corrected"]) == pytest.approx([2 * small, large])
     assert early["difference"][0] == pytest.approx(tests["difference"][0] / 2, abs=3)  # returns rise with the steps
+    root.joinpath("benchmark/matrices/n.toml").write_text(MATRIX)  # of which nothing is played: the pool has it from m
+    assert plot.Published(root).tests(ENTRY | {"matrix": "n", "also": ["m"]})["p"].equals(tests["p"])
 
 
 def test_across_tasks_outliers_are_left_out_and_the_reference_varies_too():

@@ -266,9 +266,8 @@ def test_a_run_that_diverges_names_step_and_checkpoint_and_saves_no_broken_agent
     monkeypatch.setattr(any_script, "update", update)
     with pytest.raises(SystemExit) as exit:
         any_script.main(any_script.Args(run_dir=str(run), **small(any_script)))
-    assert re.match(
-        r"error: after step 128: \S+ is not finite; the checkpoint of step 128 in .*run is good$", exit.value.code
-    )
+    said = r"error: after step 128: \S+ is not finite; the checkpoint of step 128 in .*run is good$"
+    assert re.match(said, exit.value.code)
     assert all(x.isfinite().all() for x in weights(run / "checkpoint.pt").values()) and not (run / "model.pt").exists()
     monkeypatch.undo()
     resume(any_script, run)  # good indeed
