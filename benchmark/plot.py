@@ -370,7 +370,7 @@ class Published:
             return rows.loc[names == label, entry["column"]].to_numpy(float)
         name, _, label = label.rpartition("/")
         places = [name or entry["matrix"], *entry.get("also", [])]
-        runs = next(filter(None, (self.matrix(name).runs.get((task, label)) for name in places)), [])
+        runs = next(filter(None, (self.matrix(place).runs.get((task, label)) for place in places)), [])
         found = np.array([run.score(entry.get("score", "final"), entry.get("steps", 0)) for run in runs])
         if not len(found) or np.isnan(found).any():
             fail(f"questions.toml compares {places[0]}/{label} on {task}, of which a score is missing")

@@ -27,9 +27,3 @@ def test_documents_name_only_what_exists(document):
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
     unknown += [target for target in links if not ((ROOT / document).parent / target).exists()]
     assert not unknown, f"{document} names {unknown}"
-
-
-@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("benchmark/**/*.py")], ids=lambda path: path.name)
-def test_what_help_prints_of_a_docstring_fits_a_terminal(path):
-    head = re.match(r'"""(.*?)\n\n(    .*?\n\n)?', path.read_text(), re.S)  # a summary, commands
-    assert max(map(len, f"{head[1]}\n{head[2]}".splitlines())) <= 80 or "tyro.cli(" not in path.read_text()

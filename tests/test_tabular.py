@@ -254,8 +254,8 @@ def test_main_draws_prints_and_saves(tmp_path, capsys):
         tabular.main(args)
 
 
-def run_script(*flags, redirect=""):
-    shell = ["bash", "-c", f'exec "$@" {redirect}', "bash", sys.executable, str(ROOT / "sprig_tabular.py"), *flags]
+def run_script(*flags, redirect="", script="sprig_tabular.py"):
+    shell = ["bash", "-c", f'exec "$@" {redirect}', "bash", sys.executable, str(ROOT / script), *flags]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
     return subprocess.run(shell, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -265,6 +265,12 @@ def test_a_stdout_that_takes_nothing_loses_nothing(tmp_path, redirect):
     done = run_script("--run-dir", str(tmp_path), redirect=redirect)
     assert done.returncode == 0 and done.stderr == ""
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "tabular.png"}
+
+
+@pytest.mark.parametrize("name", ["sprig_tabular", "watch", "benchmark/run", "benchmark/plot", "benchmark/speed"])
+def test_help_fits_a_terminal(name):
+    lines = run_script("--help", script=f"{name}.py").stdout.replace(str(ROOT), "").splitlines()
+    assert any("--lambdas" in line for line in lines) == (name == "sprig_tabular") and max(map(len, lines)) <= 80
 
 
 def test_mistakes_are_answered_in_one_line(tmp_path):
