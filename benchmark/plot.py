@@ -422,7 +422,8 @@ class Published:
             return cells | {"effect": f"running: {played} of {played + matrix.missing} runs"}
         tests = self.tests(entry).sort_values("corrected", kind="stable")  # the clearest first
         x, y, p, sign = tests.iloc[0][["x", "y", "corrected", "difference"]]
-        cells["evidence"] += f"; n = {len(x)} and {len(y)}{entry.get('note', '')}"
+        seeds = " and ".join(map(str, dict.fromkeys([len(x), len(y)])))  # once if they are equally many
+        cells["evidence"] += f"; n = {seeds}{entry.get('note', '')}"
         if "below" in entry:
             (a, n), (b, m) = (((scores < entry["below"]).sum(), len(scores)) for scores in (x, y))
             p, sign = stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue, a * m - b * n
@@ -430,7 +431,7 @@ class Published:
         elif entry.get("aggregate"):
             ratio, ahead = across(*(np.array([*tests[key]]).T for key in "xy"))
             p, sign = (np.nan if ratio[1] <= 1 <= ratio[2] else 0.04), ratio[0] - 1
-            cells["effect"] = f"{with_interval(*ratio)} of its score; ahead with probability {with_interval(*ahead)}"
+            cells["effect"] = f"× {with_interval(*ratio)}; ahead {with_interval(*ahead)}"
         else:
             shown = tests[:1] if entry.get("strongest") else tests.sort_index()
             parts = "; ".join(self.effect(entry, test, len(tasks)) for _, test in shown.iterrows())
@@ -474,7 +475,8 @@ class Published:
         for name, matrices in self.plan["curves"].items():
             tasks = {}
             for matrix in map(self.matrix, matrices):
-                for (task, label), runs in matrix.runs.items():
+                order = list(matrix.titles)
+                for (task, label), runs in sorted(matrix.runs.items(), key=lambda item: order.index(item[0][1])):
                     tasks.setdefault(task, {})[f"{matrix.titles[label]} ({len(runs)} seeds)"] = runs
             paper = pd.read_csv(self.results / "figure2_beamrider.csv", comment="#", index_col=0)
             beside = {f"{kind.upper()}, the paper's Figure 2": paper[f"{kind}_mean"] for kind in ("ppo", "sprig")}
