@@ -15,7 +15,8 @@ A point of a curve is the mean return of the whole games that ended in the 10 % 
 the final return. "Over training" is the mean of the run's ten windows. Differences: Welch's t test and its 95 %
 interval. p-values of one row are corrected after Holm for all tests of that row. Several tasks: interquartile mean of
 the score over the reference's mean, and probability of improvement, with stratified bootstrap intervals (Agarwal et al.
-2021, arXiv 2108.13264), which 5 seeds make somewhat too narrow. Counts: Fisher's exact test.
+2021, arXiv 2108.13264), which 5 seeds make somewhat too narrow: unplanned ones get no
+verdict. Counts: Fisher's exact test.
 """
 
 import hashlib
@@ -127,6 +128,8 @@ def read_run(path: Path) -> Run:
 def find_runs(paths: tuple[Path, ...]) -> list[Run]:
     found = []
     for path in paths:
+        if not path.exists():
+            fail(f"{path} does not exist")
         folder = path.is_dir() and not (path / "args.json").exists()
         below = {file.parent for file in path.rglob("args.json")} | set(path.rglob("*_seed*.json"))
         if folder and not below:
@@ -430,8 +433,10 @@ class Published:
             cells["effect"] = f"{a} of {n} against {b} of {m}, {p_value(p)}"
         elif entry.get("aggregate"):
             ratio, ahead = across(*(np.array([*tests[key]]).T for key in "xy"))
-            p, sign = (np.nan if ratio[1] <= 1 <= ratio[2] else 0.04), ratio[0] - 1
             cells["effect"] = f"× {with_interval(*ratio)}; ahead {with_interval(*ahead)}"
+            if not entry.get("planned"):  # this interval is too narrow to judge what was seen first
+                return cells | {"verdict": "not tested"}
+            p, sign = (1 if ratio[1] <= 1 <= ratio[2] else 0.04), ratio[0] - 1
         else:
             shown = tests[:1] if entry.get("strongest") else tests.sort_index()
             parts = "; ".join(self.effect(entry, test, len(tasks)) for _, test in shown.iterrows())

@@ -146,7 +146,7 @@ def test_across_tasks_outliers_are_left_out_and_the_reference_varies_too():
 
 # A shift of 2.6 has p = 0.033, which is enough for a planned test alone.
 VERDICTS = [("more", True, 30, "shown"), ("less", True, 30, "refuted"), ("different", True, -30, "shown")]
-VERDICTS += [("more", True, 0, "not shown"), ("more", True, 2.6, "shown"), ("more", False, 2.6, "not shown")]
+VERDICTS += [("more", True, 2.6, "shown"), ("more", False, 2.6, "not shown"), ("more", True, 1.6, "not shown")]
 
 
 def test_a_verdict_needs_a_planned_test_or_a_very_clear_one(root):
@@ -157,6 +157,8 @@ def test_a_verdict_needs_a_planned_test_or_a_very_clear_one(root):
         pd.Series(side, name="depth").to_csv(root / "benchmark" / "results" / "side.csv")
         entry = ENTRY | {"tasks": ["Near-v1"], "file": "side.csv", "column": "depth"}
         assert published.question(entry | {"claim": claim, "planned": planned})["verdict"] == verdict
+    both = [published.question(entry | {"aggregate": True, "planned": planned}) for planned in (True, False)]
+    assert [cells["verdict"] for cells in both] == ["shown", "not tested"]
 
 
 OTHER = [("gamma", 0.8, "m has 0.9"), ("update", "split", "m has 'joint'"), ("target_kl", 0.01, "m has None")]
@@ -234,15 +236,13 @@ def test_runs_are_drawn_without_a_matrix(tmp_path, capsys):
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
-    run = make_run(tmp_path / "runs" / "whole")
-    empty = make_run(tmp_path / "empty", steps=50)
-    bare = make_run(tmp_path / "bare")
+    run, bare = make_run(tmp_path / "runs" / "whole"), make_run(tmp_path / "bare")
     (bare / "episodes.csv").unlink()
     output = tmp_path / "curves.png"
     for args, said in [
-        (plot.Args((tmp_path / "absent",), output), "absent is no run: there is no args.json"),
+        (plot.Args((tmp_path / "absent",), output), "absent does not exist"),
         (plot.Args((run, bare), output), "bare is no run: there is no episodes.csv"),
-        (plot.Args((empty,), output), "none of these runs has a whole game yet"),
+        (plot.Args((make_run(tmp_path / "empty", steps=50),), output), "none of these runs has a whole game yet"),
         (plot.Args((run,), tmp_path / "curves.bmp"), "should end in .png"),
         (plot.Args((run,), output, publish=True), "name runs to draw, or"),
     ]:
