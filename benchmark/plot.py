@@ -15,8 +15,8 @@ A point of a curve is the mean return of the whole games that ended in the 10 % 
 the final return. "Over training" is the mean of the run's ten windows. Differences: Welch's t test and its 95 %
 interval. p-values of one row are corrected after Holm for all tests of that row. Several tasks: interquartile mean of
 the score over the reference's mean, and probability of improvement, with stratified bootstrap intervals (Agarwal et al.
-2021, arXiv 2108.13264), which 5 seeds make somewhat too narrow: unplanned ones get no
-verdict. Counts: Fisher's exact test.
+2021, arXiv 2108.13264), which 5 seeds make somewhat too narrow: unplanned ones get no verdict. Counts: Fisher's
+exact test.
 """
 
 import hashlib
@@ -365,6 +365,10 @@ class Published:
             fail(f"benchmark/results names a matrix {name}, but there is no benchmark/matrices/{name}.toml")
         return self.matrices[name]
 
+    def tasks(self, entry: dict) -> list[str]:
+        matrices = [self.matrix(name) for name in (entry["matrix"], *entry.get("also", []))]
+        return entry.get("tasks") or list(dict.fromkeys(task for matrix in matrices for task in matrix.tasks))
+
     def scores(self, entry: dict, label: str, task: str) -> np.ndarray:
         """(seeds,): the scores of "label" or "matrix/label", or what a side file's column holds of it."""
         if "file" in entry:
@@ -384,7 +388,7 @@ class Published:
         matrix, what, against = self.matrix(entry["matrix"]), entry["what"], entry["against"]
         labels = [label for label in matrix.titles if label != against] if what == ["*"] else what
         rows = []
-        for task in entry.get("tasks", matrix.tasks):
+        for task in self.tasks(entry):
             for label in labels:
                 pair = {"x": self.scores(entry, label, task)}
                 other = entry | {"steps": entry.get("steps_against", entry.get("steps", 0))}
@@ -418,7 +422,7 @@ class Published:
         if "effect" in entry:  # written by hand
             return cells | {key: entry[key] for key in ("evidence", "effect", "verdict")}
         matrix = self.matrix(entry["matrix"])
-        tasks = entry.get("tasks", matrix.tasks)
+        tasks = self.tasks(entry)
         cells["evidence"] = entry.get("evidence", f"{', '.join(map(short, tasks))}; {matrix.horizon}")
         if matrix.missing:
             played = sum(map(len, matrix.runs.values()))
@@ -436,7 +440,7 @@ class Published:
             cells["effect"] = f"× {with_interval(*ratio)}; ahead {with_interval(*ahead)}"
             if not entry.get("planned"):  # this interval is too narrow to judge what was seen first
                 return cells | {"verdict": "not tested"}
-            p, sign = (1 if ratio[1] <= 1 <= ratio[2] else 0.04), ratio[0] - 1
+            p, sign = float(ratio[1] <= 1 <= ratio[2]), ratio[0] - 1  # no p: the interval decides
         else:
             shown = tests[:1] if entry.get("strongest") else tests.sort_index()
             parts = "; ".join(self.effect(entry, test, len(tasks)) for _, test in shown.iterrows())
