@@ -143,7 +143,7 @@ def env_protocol(args: Args) -> dict:
     ids = [name for name in gym.registry if re.fullmatch(r"\w+NoFrameskip-v4|ALE/\w+-v5|MinAtar/\w+-v1", name)]
     if args.env_id not in ids:
         near = difflib.get_close_matches(args.env_id, ids, n=1, cutoff=0.5) or ["BeamRiderNoFrameskip-v4"]
-        fail(f"--env-id {args.env_id} is none of the games that this script plays; take e.g. {near[0]}")
+        fail(f"--env-id {args.env_id} is not played here (vectors: sprig_continuous.py); take e.g. {near[0]}")
     emulator = dict(gym.spec(args.env_id).kwargs)
     if minatar:
         emulator |= {"max_episode_steps": args.max_episode_steps, "sticky_action_prob": 0.1}

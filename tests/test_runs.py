@@ -279,6 +279,7 @@ BAD_PIXELS = {
     "misspelt": ({"env_id": "BeamRidrNoFrameskip-v4"}, "take e.g. BeamRiderNoFrameskip-v4"),
     "random skip": ({"env_id": "BeamRider-v4"}, "take e.g. ALE/BeamRider-v5"),
     "memory": ({"env_id": "ALE/Breakout-ram-v5"}, "take e.g. ALE/Breakout-v5"),
+    "vectors": ({"env_id": "HalfCheetah-v5"}, "(vectors: sprig_continuous.py)"),
 }
 BAD_VECTORS = {
     "planes": ({"env_id": "MinAtar/Breakout-v1"}, "_atari"),
