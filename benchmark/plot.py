@@ -13,10 +13,10 @@ with other flags, task or length, is refused by name.
 
 A point of a curve is the mean return of the whole games that ended in the 10 % of the steps before it; the last one is
 the final return. "Over training" is the mean of the run's ten windows. Differences: Welch's t test and its 95 %
-interval. p-values of one row are corrected after Holm for all tests of that row. Several tasks: interquartile mean of
-the score over the reference's mean, and probability of improvement, with stratified bootstrap intervals (Agarwal et al.
-2021, arXiv 2108.13264), which 5 seeds make somewhat too narrow: unplanned ones get no verdict. Counts: Fisher's
-exact test.
+interval. p-values of one row are corrected after Holm for all tests of that row. Several tasks: ratio of interquartile
+means, each score first divided by the reference's mean on its task, and probability of improvement, with stratified
+bootstrap intervals (Agarwal et al. 2021, arXiv 2108.13264), which 5 seeds make somewhat too narrow: unplanned ones get
+no verdict. Counts: Fisher's exact test.
 """
 
 import hashlib
@@ -312,12 +312,13 @@ def welch(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def across(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float, float]]:
-    """(estimate, low, high) of the interquartile mean of x over the mean of y, and of the probability of improvement.
+    """(estimate, low, high) of the interquartile mean of x over that of y, and of the probability of improvement.
 
-    `x`, `y`: (seeds, tasks). The reference's mean is drawn anew in every resample."""
+    `x`, `y`: (seeds, tasks), each score as a share of y's mean on its task, which every resample draws anew."""
 
     def both(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.array([metrics.aggregate_iqm(x / y.mean(0)), metrics.probability_of_improvement(x, y)])
+        ratio = metrics.aggregate_iqm(x / y.mean(0)) / metrics.aggregate_iqm(y / y.mean(0))  # y over itself is 1
+        return np.array([ratio, metrics.probability_of_improvement(x, y)])
 
     np.random.seed(0)  # noqa: NPY002 - rliable 1.2 draws from it, whatever random_state it is given
     values, intervals = library.get_interval_estimates({"": [x, y]}, both, reps=2000)

@@ -139,7 +139,7 @@ def test_across_tasks_outliers_are_left_out_and_the_reference_varies_too():
     x = np.array([[200.0, 2.0]] * 3 + [[9000.0, -90.0]])  # a quarter of the scores at either end is cut
     y = np.array([[100.0, 1.0]] * 4)
     ratio, ahead = plot.across(x, y)
-    assert ratio[0] == 2 and ahead[0] == pytest.approx((1 + 3 / 4) / 2)
+    assert ratio[0] == 2 and plot.across(x, x)[0][0] == 1 and ahead[0] == pytest.approx((1 + 3 / 4) / 2)
     (_, low, high), _ = plot.across(2 * y, y * np.array([[0.5], [1.5], [0.7], [1.3]]))
     assert low < 2 < high
 
