@@ -786,6 +786,8 @@ def train(args: Args, device: torch.device) -> Path:
     step, started, clock = progress["step"], progress["started"], time.monotonic() - progress["seconds"]
     rollout_size = args.num_envs * args.num_steps
     last = args.total_timesteps // rollout_size
+    for stale in ("model.pt", "evaluation.json") if step // rollout_size < last else ():  # of an end that is none now
+        (run_dir / stale).unlink(missing_ok=True)
 
     # episodes.csv is the record of a run, TensorBoard a view of it. What lies beyond the checkpoint is done again.
     episodes, head = run_dir / "episodes.csv", "agent_steps,seconds,episodic_return,episodic_length"

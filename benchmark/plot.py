@@ -24,6 +24,7 @@ import json
 import re
 import textwrap
 import tomllib
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,7 +119,7 @@ def read_run(path: Path) -> Run:
         run = Run(path, script, arguments["env_id"], int(arguments["seed"]), arguments, games, steps, mean)
     except FileNotFoundError as error:
         fail(f"{path} is no run: there is no {Path(error.filename).name}")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:  # those of JSON and CSV are ValueErrors
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:  # JSON's and CSV's: ValueErrors
         fail(f"{path} is no run, or damaged: {type(error).__name__}: {' '.join(str(error).split())}")
     if not np.isfinite(games.to_numpy()).all():
         fail(f"{games_path} holds a number that is not finite")
@@ -220,8 +221,11 @@ def draw_runs(args: Args) -> None:
             row["agent steps"] = " to ".join(f"{n:,}" for n in sorted({min(steps), max(steps)}))
             rows.append(row | {name: summary([run.score(score) for run in runs]) for score, name in SCORES.items()})
     print(pd.DataFrame(rows).to_string(index=False))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw_curves(tasks).savefig(args.output, dpi=130)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        draw_curves(tasks).savefig(args.output, dpi=130)
+    except OSError as error:
+        fail(f"--output {args.output} cannot be written: {error.strerror}")
     print(f"curves: {args.output}; runs without a whole game yet: {sum(run.games.empty for run in found)}")
 
 
@@ -422,12 +426,14 @@ class Published:
         cells |= {"planned": "yes"} if entry.get("planned") else {}
         if "effect" in entry:  # written by hand
             return cells | {key: entry[key] for key in ("evidence", "effect", "verdict")}
-        matrix = self.matrix(entry["matrix"])
         tasks = self.tasks(entry)
-        cells["evidence"] = entry.get("evidence", f"{', '.join(map(short, tasks))}; {matrix.horizon}")
-        if matrix.missing:
-            played = sum(map(len, matrix.runs.values()))
-            return cells | {"effect": f"running: {played} of {played + matrix.missing} runs"}
+        names = [entry["matrix"], *entry.get("also", [])]
+        names += [] if "file" in entry else [entry["against"].rpartition("/")[0] or entry["matrix"]]
+        matrices = [self.matrix(name) for name in dict.fromkeys(names)]
+        cells["evidence"] = entry.get("evidence", f"{', '.join(map(short, tasks))}; {matrices[0].horizon}")
+        if missing := sum(matrix.missing for matrix in matrices):
+            played = sum(len(runs) for matrix in matrices for runs in matrix.runs.values())
+            return cells | {"effect": f"running: {played} of {played + missing} runs"}
         tests = self.tests(entry).sort_values("corrected", kind="stable")  # the clearest first
         x, y, p, sign = tests.iloc[0][["x", "y", "corrected", "difference"]]
         seeds = " and ".join(map(str, dict.fromkeys([len(x), len(y)])))  # once if they are equally many
@@ -520,6 +526,7 @@ def digest(figure: Figure) -> str:
     parts = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     for axis in figure.axes:
         parts += [axis.get_title(), axis.get_xlabel(), *(label.get_text() for label in axis.get_yticklabels())]
+        parts += [f"{line.get_color()} {line.get_marker()}" for line in axis.lines]
         drawn = [line.get_xydata() for line in axis.lines]
         drawn += [path.vertices for band in axis.collections for path in band.get_paths()]
         parts += [" ".join(f"{value:.4g}" for value in np.ravel(data)) for data in drawn]

@@ -196,6 +196,8 @@ def plan_runs(path: Path, runs: Path, results: Path) -> list[Run]:
         if own := OWN_FLAGS & {flag.replace("-", "_") for flag in flags}:
             fail(f"{where}: --{min(own).replace('_', '-')} is not for the matrix to set")
         arms[label] = script, flags, parse_words(flag_words(flags), script, where)
+        if unknown := {flag.replace("-", "_") for flag in flags} - vars(arms[label][2]).keys():
+            fail(f"{where}: {min(unknown)} is not a flag; a switch is turned off by its own name = false")
         if flags.get("device", "auto") not in ("auto", "cpu") and not matrix["gpus"]:
             fail(f"{where}: device = {flags['device']!r}, but gpus = 0")
     for seed, task, label in itertools.product(matrix["seeds"], matrix["tasks"], arms):

@@ -32,6 +32,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -96,7 +97,10 @@ class Args:
 
 def settings_of(args: Args):
     """The arguments of the PPO script. Ends with one line if it, or SPRIG's, refuses them."""
-    words = flag_words(SETTINGS[args.settings]) + shlex.split(args.flags)
+    try:
+        words = flag_words(SETTINGS[args.settings]) + shlex.split(args.flags)
+    except ValueError as error:
+        fail(f"--flags {args.flags}: {error}")
     scripts = [importlib.import_module(Path(name).stem) for name in SCRIPTS[args.family]]
     return [parse_words(words, script, "--flags") for script in scripts][0]
 
@@ -135,7 +139,13 @@ def contestants(args: Args, settings) -> dict[str, list[str]]:
     flags = flag_words({"eval_episodes": 0, "checkpoint_interval": 0, "threads": args.threads, "device": args.device})
     flags += flag_words(SETTINGS[args.settings]) + shlex.split(args.flags) + ["--run-dir", "run", "--total-timesteps"]
     own = {"family": args.family, "settings": args.settings, "threads": args.threads, "device": args.device}
-    reference = [sys.executable, str(Path(__file__).absolute()), *flag_words(own), "--reference"]
+    reference = [
+        sys.executable,
+        str(Path(__file__).absolute()),
+        *flag_words(own),
+        f"--flags={args.flags}",
+        "--reference",
+    ]
     commands = {} if args.against else {"stable-baselines3": reference}
     if args.cleanrl:
         sizes = {name: getattr(settings, name) for name in ("num_envs", "num_steps", "update_epochs")}
@@ -202,6 +212,8 @@ def check(args: Args) -> Args:
             fail(f"--{name} {getattr(args, name)} is less than {least}")
     if args.settings == "cleanrl" and args.family != "atari":
         fail("--settings cleanrl is for Atari; the vector scripts' own settings are CleanRL's")
+    if not args.against and not find_spec("stable_baselines3"):
+        fail("stable-baselines3 is not installed: pip install -r requirements-dev.txt")
     if args.device == "cuda":
         import torch
 
@@ -230,10 +242,10 @@ def main(args: Args) -> None:
         fail(f"{output} or its .md is there already; choose another --name or --results")
     try:
         args.results.mkdir(parents=True, exist_ok=True)
-        output.touch()
+        tempfile.TemporaryFile(dir=args.results).close()
     except OSError as error:
         fail(f"--results {args.results} cannot be written: {error.strerror}")
-    packages = ("torch", SIMULATOR[args.family], "gymnasium", "stable-baselines3")
+    packages = ["torch", SIMULATOR[args.family], "gymnasium", *(["stable-baselines3"] if not args.against else [])]
     heading = f"`python benchmark/speed.py {shlex.join(sys.argv[1:])}`, {args.rollouts} rollouts of "
     heading += (
         f"{settings.num_envs * settings.num_steps} steps, {args.threads} thread(s), {args.device}, on {cpu_model()}"

@@ -12,17 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "benchmark" / "studies")]
-
 import blind
 import gait
 import numpy as np
 import probe
+import pytest
 import run as runner
 import speed
+from conftest import ROOT
 
 import sprig_atari
 import sprig_continuous
@@ -242,6 +239,7 @@ BAD = {
     "not TOML": ({"seeds = [1]": "seeds = [1"}, "is not TOML"),
     "unknown script": ({"ppo_continuous_baseline.py": "ppo.py"}, "there is no script 'ppo.py' in"),
     "unknown flag": ({"num-steps": "num-step"}, "Unrecognized options: --num-step, 32 Perhaps you meant: --num-steps"),
+    "no flag": ({"num-steps": "no-anneal-lr = true\nnum-steps"}, "no_anneal_lr is not a flag; a switch is turned off"),
     "flag of the runner": ({"num-steps = 32": "num-steps = 32\nseed = 3"}, "--seed is not for the matrix"),
     "label": ({"[arms.ppo]": "[arms.PPO_1]"}, "arms.PPO_1: a label consists of"),
     "double seed": ({"seeds = [1]": "seeds = [1, 2, 1]"}, "is not a list of int, at least one, each once"),
@@ -281,6 +279,7 @@ def test_committed_matrices_are_sound_and_committed_results_are_theirs(path):
 BAD_SPEED = [
     ({"rounds": 0}, "--rounds 0 is less than 1"),
     ({"flags": "--num-step 3"}, "--flags: ppo_atari_baseline.py: Unrecognized options: --num-step"),
+    ({"flags": "--compile '"}, "--flags --compile ': No closing quotation"),
     ({"against": Path("/proc")}, "/proc has no ppo_atari_baseline.py"),
     ({"cleanrl": ROOT}, "has no cleanrl/ppo_atari.py"),
     ({"results": Path("/proc/x")}, "--results /proc/x cannot be written"),

@@ -1,17 +1,12 @@
 """Two games small enough to solve: closed forms, brute force, and what the order of moves can change."""
 
-import sys
 from itertools import product
 
+import first_move as study
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmark" / "studies"))
-
-import first_move as study
 
 START = torch.tensor([[-0.7], [1.3]], dtype=torch.float64)  # x, y
 

@@ -2,18 +2,14 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
-from scipy import stats
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmark"))
-
 import plot
+import pytest
+from conftest import ROOT
+from scipy import stats
 
 STEPS = 20_000
 MATRIX = """
@@ -181,13 +177,17 @@ def test_a_stray_or_damaged_result_is_refused_by_name_and_an_unfinished_matrix_i
         export(stray := result(root, label, seed, task), "ppo.py", task, seed, 100)
         assert f"{stray.with_suffix('.csv.gz')} is not in" in refusal(root)
         stray.unlink(), stray.with_suffix(".csv.gz").unlink()
-    result(root).with_suffix(".csv.gz").write_text("agent_steps,seconds\n1,2\n")
-    assert f"{result(root)} is no run, or damaged" in refusal(root)
+    packed = result(root).with_suffix(".csv.gz").read_bytes()
+    for damaged in (b"agent_steps,seconds\n1,2\n", packed[:99] + bytes(9) + packed[108:]):
+        result(root).with_suffix(".csv.gz").write_bytes(damaged)
+        assert f"{result(root)} is no run, or damaged" in refusal(root)
     result(root).with_suffix(".csv.gz").unlink()
     assert f"{result(root)} is no run: there is no sprig_seed2.csv.gz" in refusal(root)
     result(root).unlink()
-    cells = plot.Published(root).question(ENTRY)
-    assert cells["effect"] == "running: 11 of 12 runs" and cells["verdict"] == "open"
+    root.joinpath("benchmark/matrices/n.toml").write_text(MATRIX)  # of which nothing is played
+    for more, runs in ({}, "11 of 12"), ({"also": ["n"]}, "11 of 24"), ({"against": "n/ppo"}, "11 of 24"):
+        cells = plot.Published(root).question(ENTRY | more)
+        assert cells["effect"] == f"running: {runs} runs" and cells["verdict"] == "open"
 
 
 def test_publishing_twice_gives_the_same_bytes_and_check_finds_tampering(root):
@@ -244,6 +244,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
         (plot.Args((run, bare), output), "bare is no run: there is no episodes.csv"),
         (plot.Args((make_run(tmp_path / "empty", steps=50),), output), "none of these runs has a whole game yet"),
         (plot.Args((run,), tmp_path / "curves.bmp"), "should end in .png"),
+        (plot.Args((run,), run / "args.json" / "curves.png"), "--output .* cannot be written: "),
         (plot.Args((run,), output, publish=True), "name runs to draw, or"),
     ]:
         with pytest.raises(SystemExit, match=said):

@@ -81,8 +81,10 @@ def test_an_atari_run_is_resumed_exactly(name, tmp_path):
 def test_a_run_can_be_extended(any_script, finished, tmp_path):
     run = tmp_path / "run"
     any_script.main(any_script.Args(run_dir=str(run), **small(any_script, total_timesteps=256)))
-    code, _, errors = Process(any_script, tmp_path, "--resume", str(run), "--total-timesteps", "384").wait()
-    assert code == 0, errors
+    argv, killed = ("--resume", str(run), "--total-timesteps", "384"), functools.partial(strike, run / "episodes", 2, 9)
+    assert Process(any_script, tmp_path, *argv, before=[killed]).wait()[0] == -9
+    assert not (run / "model.pt").exists() and not (run / "evaluation.json").exists(), "of an end that is none now"
+    assert Process(any_script, tmp_path, *argv).wait()[0] == 0
     same_end(finished(any_script).run, run)
     assert scalars(finished(any_script).run) == scalars(run)
     assert json.loads((run / "args.json").read_text())["arguments"]["total_timesteps"] == 384

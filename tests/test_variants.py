@@ -1,16 +1,11 @@
 """The study of variants: whom each moves, and when; what it computes."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
+import minatar_variants as variants
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmark" / "studies"))
-
-import minatar_variants as variants
 
 import sprig_atari as base
 
@@ -63,6 +58,14 @@ def test_without_changes_it_is_the_base(variant):
     changed = dataclasses.replace(args, leader_ent_coef=0.1, clip_each=True, vf_coef=0.1)
     same, other = ((wanted - play(variants.update, x)[1]).abs().max() for x in (args, changed))
     assert same <= (0 if variant == "stackelberg" else 1e-6) < 1e-5 < other
+
+
+def test_a_phase_whose_rollouts_are_lost_is_not_resumed(tmp_path, monkeypatch):
+    for name in ("Args", "update", "__file__"):
+        monkeypatch.setattr(base, name, getattr(base, name))  # main replaces them
+    variants.main(args := variants.Args(**TINY, variant="ppg", phase_interval=3, run_dir=str(tmp_path / "run")))
+    with pytest.raises(SystemExit, match="run holds no rollouts gathered for the next phase; begin ppg anew"):
+        variants.main(dataclasses.replace(args, resume=tmp_path / "run", total_timesteps=192))
 
 
 def test_full_loss_is_ppos_and_the_variance_forgives_a_constant_error():

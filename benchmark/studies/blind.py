@@ -115,8 +115,8 @@ def beside_its_blind_copy(run: Path, settings: Args) -> list[str]:
 
 
 def main(settings: Args) -> None:
-    if settings.games < 1 or settings.seed < 0:
-        fail(f"--games must be at least 1 and --seed at least 0, not {settings.games} and {settings.seed}")
+    if settings.games < 1 or not 0 <= settings.seed < 2**32:
+        fail(f"--games must be at least 1 and --seed in [0, 2³²), not {settings.games} and {settings.seed}")
     if settings.runs:
         rows = [["agent", "return", "its blind copy's", "entropy", "mutual information"]]
         rows += [beside_its_blind_copy(run, settings) for run in settings.runs]

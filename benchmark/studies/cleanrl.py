@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -77,8 +77,9 @@ def main(args: Args) -> None:
     script = CLEANRL_SCRIPTS[family]
     if not (args.clone / script).is_file():
         fail(f"--clone {args.clone} is no clone of CleanRL: it has no {script}")
-    if not shutil.which(args.python):
+    if not (python := shutil.which(args.python)):
         fail(f"--python {args.python} is not a program")
+    args = replace(args, python=os.path.abspath(python))  # it is started in another folder
     packages = ("torch", "gymnasium", "numpy", SIMULATOR[family], "stable-baselines3")
     ask = f"from importlib.metadata import version; print(*map(version, {packages}))"
     versions = dict(zip(packages, output_of([args.python, "-c", ask]).split(), strict=True))

@@ -79,6 +79,8 @@ def main(args: Args) -> None:
         fail(f"no variant {sorted(unknown)[0]!r}; there are: {', '.join(VARIANTS)}")
     if args.steps < 256 or args.steps % 256:
         fail(f"--steps {args.steps} is not a multiple of the rollout of 256 steps")
+    if min(args.seeds) < 0 or not 0 <= args.threads <= 256:
+        fail(f"--seeds {min(args.seeds)} or --threads {args.threads} is out of range")
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["variant", "seed", "steps", "score"])
     for name, seed in itertools.product(args.variants, args.seeds):

@@ -1,6 +1,6 @@
 """What moving first is worth, in two games that are small enough to solve.
 
-    python benchmark/studies/first_move.py  # a table, first_move.png and .csv
+    python benchmark/studies/first_move.py  # a table; results/first_move.png and .csv
 
 1. The quadratic game: the leader loses ½(x - 1)² + ½y², the follower ½(y - 2x)². Simultaneous play (Nash) ends at
    (1, 2), where the leader loses 2; leading is worth 1.6, at (0.2, 0.4).
@@ -43,11 +43,11 @@ EXACT = {"damping": 1e-3, "cg_iterations": 20, "cg_tolerance": 1e-3, "clamp": No
 class Args:
     starts: int = 16  # of either game, the same for each method
     steps: int = 150  # of the leader
-    output: Path = Path(__file__).resolve().parents[1] / "results"  # folder of first_move.png and first_move.csv
+    output: Path = Path("results")  # folder of first_move.png and first_move.csv
 
     def __post_init__(self):
-        if self.starts < 1 or self.steps < 1 or not self.output.is_dir():
-            raise ValueError("--starts and --steps must be at least 1, and --output a folder")
+        if self.starts < 1 or self.steps < 1:
+            raise ValueError("--starts and --steps must be at least 1")
 
 
 class Game(NamedTuple):
@@ -220,6 +220,10 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 
 def main(args: Args) -> None:
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: --output {args.output} cannot be written: {error.strerror}") from None
     torch.set_num_threads(1)
     theta, phi = starts(args.starts)
     frames = [measure("quadratic", quadratic(), *POINTS.values(), theta[:, 0, 0], phi[:, 0, 0], args.steps)]

@@ -53,8 +53,10 @@ def move(run: Path, settings: Args) -> list[str]:
 
 
 def main(settings: Args) -> None:
-    if settings.games < 1 or settings.seed < 0:
-        fail(f"--games must be at least 1 and --seed at least 0, not {settings.games} and {settings.seed}")
+    if settings.games < 1 or not 0 <= settings.seed < 2**32:
+        fail(f"--games must be at least 1 and --seed in [0, 2³²), not {settings.games} and {settings.seed}")
+    if not settings.runs:
+        fail("no run is given")
     rows = [["agent", "return", "steps on its back", "in the game with the fewest"]]
     rows += [move(run, settings) for run in settings.runs]
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)

@@ -178,7 +178,7 @@ def ppg(leader, follower, optimizer, batch: Batch, args: Args):
 def phase(leader, follower, optimizer, batch: Batch, args: Args, players: list):
     """D: every --phase-interval rollouts `players` learn the values of all of them, under a KL penalty to the policy
     of before: the auxiliary phase of PPG (Cobbe et al. 2021, arXiv 2009.04416), with the same optimizer."""
-    rollouts = vars(leader).setdefault("rollouts", [])  # gathered for a phase; no checkpoint holds them
+    rollouts = vars(leader).setdefault("rollouts", [])  # gathered for a phase; no checkpoint holds them, see main
     rollouts.append(batch)
     if len(rollouts) < args.phase_interval:
         return
@@ -241,6 +241,10 @@ def update(leader, follower, optimizer, batch: Batch, args: Args) -> dict[str, f
 
 def main(args: Args) -> dict:
     """From now on sprig_atari is, in this process, this fork."""
+    if args.resume is not None and args.variant in ("value-phase", "ppg"):
+        step = base.load(Path(args.resume) / "checkpoint.pt", {})["step"]
+        if step % (args.phase_interval * args.num_envs * args.num_steps):
+            base.fail(f"{args.resume} holds no rollouts gathered for the next phase; begin {args.variant} anew")
     base.Args, base.update, base.__file__ = Args, update, __file__
     return base.main(args)
 

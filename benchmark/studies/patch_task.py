@@ -9,14 +9,14 @@ class PatchEnvs(gym.vector.VectorEnv):
 
     The action that names the quadrant earns 1, any other 0: the optimum is 16, chance is 4. The
     patch jitters within its quadrant, so that only *where* it is matters, and the other three
-    frames of the stack are noise. With `shuffled`, rewards are dealt out at random: nothing to learn.
+    frames of the stack are noise.
     """
 
     length = 16
     optimum = 16.0
 
-    def __init__(self, num_envs: int, shuffled: bool = False):
-        self.num_envs, self.shuffled = num_envs, shuffled
+    def __init__(self, num_envs: int):
+        self.num_envs = num_envs
         self.single_observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
         self.single_action_space = gym.spaces.Discrete(4)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
@@ -39,8 +39,6 @@ class PatchEnvs(gym.vector.VectorEnv):
 
     def step(self, actions):
         rewards = (actions == self.quadrant).astype(np.float32)
-        if self.shuffled:
-            rewards = (self.rng.random(self.num_envs) < 0.25).astype(np.float32)
         self.returns += rewards
         self.lengths += 1
         ended = self.lengths == self.length

@@ -208,11 +208,15 @@ def main(settings: Args) -> None:
             fail(f"--{name} {getattr(settings, name)} is less than 1")
     if not settings.runs:
         fail("no run is given")
+    if not 0 <= settings.seed < 2**32:
+        fail(f"--seed {settings.seed} is not in [0, 2³²)")
     agents = {run: load_run(run) for run in settings.runs}
     atari = ["atari" in script.__name__ for script, *_ in agents.values()]
     if len(set(atari)) > 1:
         fail("some runs are on Atari, some on vectors; probe one kind at a time")
     if atari[0] and not settings.attention_off:
+        if any(args.env_id.startswith("MinAtar/") for _, args, *_ in agents.values()):
+            fail("what a MinAtar game holds is not read here; --attention-off works for it")
         if settings.games * len(agents) < 5:
             fail("fewer than 5 games in all: none would be left to score the probe on; raise --games")
         if len({args.env_id for _, args, *_ in agents.values()}) > 1:
