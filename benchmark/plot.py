@@ -462,6 +462,7 @@ class Published:
         named = [test.matrix.titles[test.label]] if entry.get("named") else []
         named += [short(test.task)] if tasks > 1 else []
         share = f" ({test.difference / np.mean(test.y):+z.0%})" if np.mean(test.y) > 0 and "file" not in entry else ""
+        share = share.replace("+0%", "0%")
         value = with_interval(test.difference, test.low, test.high)
         return f"{', '.join(named)}{': ' * bool(named)}{value}{share}, {p_value(test.corrected)}"
 
